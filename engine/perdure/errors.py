@@ -1,0 +1,228 @@
+"""Every error perdure raises on purpose.
+
+::
+
+    PerdureError
+    ├── InvalidTask              a task, row or option that can't be accepted as it is
+    ├── TaskNotFound             no such task in this database
+    ├── UnknownPlatform          no adapter of that name is installed
+    ├── EngineClosed             the engine was closed while it was asked for something
+    ├── RunningLoop              a blocking call was made from inside an event loop
+    ├── InvalidTransition        an event that can't follow what is already in the log
+    ├── ConcurrencyError         someone else wrote to the stream first
+    ├── DuplicateKey             a task with that key is already there
+    ├── StoreError
+    │   ├── DatabaseUnavailable  locked, full, unreachable or not writable
+    │   ├── DatabaseIncompatible not ours, or of a newer perdure
+    │   └── DatabaseCorrupt      what is stored can't be what was written
+    └── PlatformError            what adapters raise; carries status, request id, retry_after
+        ├── RetryableError
+        │   ├── RateLimited
+        │   ├── Overloaded
+        │   ├── ConnectionLost
+        │   ├── StreamTruncated
+        │   └── PlatformTimeout
+        └── FinalError
+            ├── AuthenticationFailed
+            ├── InvalidRequest
+            ├── QuotaExhausted
+            ├── ContentRefused
+            ├── NotConfigured
+            └── TimeLimitExceeded   the task's own ``timeout_seconds`` ran out
+
+Messages are one line each and say what happened, to what, and what to do about it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AuthenticationFailed",
+    "ConcurrencyError",
+    "ConnectionLost",
+    "ContentRefused",
+    "DatabaseCorrupt",
+    "DatabaseIncompatible",
+    "DatabaseUnavailable",
+    "DuplicateKey",
+    "EngineClosed",
+    "FinalError",
+    "InvalidRequest",
+    "InvalidTask",
+    "InvalidTransition",
+    "NotConfigured",
+    "Overloaded",
+    "PerdureError",
+    "PlatformError",
+    "PlatformTimeout",
+    "QuotaExhausted",
+    "RateLimited",
+    "RetryableError",
+    "RunningLoop",
+    "StoreError",
+    "StreamTruncated",
+    "TaskNotFound",
+    "TimeLimitExceeded",
+    "UnknownPlatform",
+]
+
+
+class PerdureError(Exception):
+    """The root: ``except PerdureError`` catches everything perdure raises on purpose."""
+
+
+class InvalidTask(PerdureError):
+    """A task, a row or an option can't be accepted as it is; the message names the field."""
+
+
+class TaskNotFound(PerdureError):
+    """There is no task of that id in this database."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(
+            f"no task {task_id!r} in this database; `perdure list` shows what is there"
+        )
+        self.task_id = task_id
+
+
+class UnknownPlatform(PerdureError):
+    """No adapter of that name is installed."""
+
+
+class EngineClosed(PerdureError):
+    """The engine or its log was closed, so it can't do what it was asked for."""
+
+
+class RunningLoop(PerdureError):
+    """A blocking call was made where an event loop is running; use the async form."""
+
+
+class InvalidTransition(PerdureError):
+    """An event that can't follow what is already in the task's stream."""
+
+
+class ConcurrencyError(PerdureError):
+    """The stream is not at the version the writer expected: someone else wrote first.
+
+    Attributes:
+        task_id: The stream.
+        expected: The version the writer had seen.
+        actual: The version the stream is at; 0 where there is no stream.
+    """
+
+    def __init__(self, task_id: str, expected: int, actual: int) -> None:
+        super().__init__(f"{task_id} is at version {actual}, not at {expected}: it was changed")
+        self.task_id = task_id
+        self.expected = expected
+        self.actual = actual
+
+
+class DuplicateKey(PerdureError):
+    """A task with that key is already in the database.
+
+    Attributes:
+        key: The key.
+        task_id: The task that has it.
+    """
+
+    def __init__(self, key: str, task_id: str) -> None:
+        super().__init__(f"the key {key!r} belongs to task {task_id}")
+        self.key = key
+        self.task_id = task_id
+
+
+class StoreError(PerdureError):
+    """The database can't do its part."""
+
+
+class DatabaseUnavailable(StoreError):
+    """The database is locked, full, unreachable, or can't be opened for writing."""
+
+
+class DatabaseIncompatible(StoreError):
+    """The database isn't one of perdure's, or was written by a newer perdure."""
+
+
+class DatabaseCorrupt(StoreError):
+    """What is stored can't be what was written."""
+
+
+class PlatformError(PerdureError):
+    """Something a platform answered, or failed to answer.
+
+    Attributes:
+        message: The platform's message, on one line.
+        status: The HTTP status, where there was one.
+        request_id: The platform's id of the request, where it gave one.
+        retry_after: Seconds the platform asked to wait, where it did.
+        retryable: Whether trying the same thing again can help.
+    """
+
+    retryable: bool = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        self.message = " ".join(message.split())
+        super().__init__(self.message)
+        self.status = status
+        self.request_id = request_id
+        self.retry_after = retry_after
+
+
+class RetryableError(PlatformError):
+    """Trying again can help."""
+
+    retryable = True
+
+
+class RateLimited(RetryableError):
+    """Too many requests or tokens in too short a time; ``retry_after`` says how long to wait."""
+
+
+class Overloaded(RetryableError):
+    """The platform has a fault of its own or too much to do (5xx, 529)."""
+
+
+class ConnectionLost(RetryableError):
+    """The connection could not be made, or broke on the way."""
+
+
+class StreamTruncated(RetryableError):
+    """The stream ended without the platform's end marker, or became unreadable."""
+
+
+class PlatformTimeout(RetryableError):
+    """The platform did not answer in time."""
+
+
+class FinalError(PlatformError):
+    """Trying the same thing again can't help."""
+
+
+class AuthenticationFailed(FinalError):
+    """The key is missing, wrong, or not allowed to do this."""
+
+
+class InvalidRequest(FinalError):
+    """The platform refuses the request as it is."""
+
+
+class QuotaExhausted(FinalError):
+    """A spending limit or quota is used up; waiting a little won't help."""
+
+
+class ContentRefused(FinalError):
+    """The platform refuses to answer this content."""
+
+
+class NotConfigured(FinalError):
+    """The adapter lacks something on this machine: its SDK, a key, a base URL."""
+
+
+class TimeLimitExceeded(FinalError):
+    """The task's own ``timeout_seconds`` ran out; the partial output is kept."""

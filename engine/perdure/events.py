@@ -1,0 +1,380 @@
+"""The event catalogue: one frozen model per type, how they are encoded, and upcasters.
+
+An event says what happened; its envelope (`RecordedEvent`) says where in the log. The engine adds
+the envelope. Adapters yield `Accepted`, `Chunk`, `UsageReported`, `FileCreated` and, as the last,
+`Completed`; there is no second vocabulary.
+
+What is stored is canonical JSON: keys sorted, no spaces, nothing that is None. Those bytes are what
+the digest covers, so the form is part of the contract.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeAlias
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from perdure.errors import DatabaseCorrupt, DatabaseIncompatible
+from perdure.task import Usage
+
+__all__ = [
+    "ENDINGS",
+    "EVENT_TYPES",
+    "Accepted",
+    "AttemptFailed",
+    "CancelRequested",
+    "Cancelled",
+    "Chunk",
+    "Completed",
+    "EncodedEvent",
+    "Event",
+    "Failed",
+    "FileCreated",
+    "Interrupted",
+    "RecordedEvent",
+    "Redacted",
+    "Running",
+    "Submitted",
+    "UsageReported",
+    "chain_digest",
+    "decode",
+    "encode",
+]
+
+ChunkKind: TypeAlias = Literal["text", "reasoning", "tool_call"]
+StartMode: TypeAlias = Literal["restart", "continue", "reattach"]
+
+
+class Event(BaseModel):
+    """What all events have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    type: ClassVar[str]
+    schema_version: ClassVar[int] = 1
+    ends_task: ClassVar[bool] = False
+
+
+class Submitted(Event):
+    """A task was accepted. Written by the engine, always the first of its stream."""
+
+    type: ClassVar[str] = "submitted"
+
+    task: dict[str, Any]
+    """The whole task as JSON, but for the long texts that `blobs` names."""
+    platforms: tuple[str, ...]
+    """The platforms to try, in order."""
+    blobs: dict[str, str] = Field(default_factory=dict[str, str])
+    """Place in the task (`system`, `messages.0`, `context.manual`) -> SHA-256 of its text."""
+
+
+class Running(Event):
+    """A worker claimed the task. Committed before the platform is called."""
+
+    type: ClassVar[str] = "running"
+
+    attempt: int
+    """1 for the first."""
+    worker: str
+    platform: str
+    model: str | None = None
+    mode: StartMode = "restart"
+    """`restart`: the output begins anew. `continue`, `reattach`: it goes on where it was."""
+
+
+class Accepted(Event):
+    """The platform named its response. Written by adapters."""
+
+    type: ClassVar[str] = "accepted"
+
+    response_id: str | None = None
+    request_id: str | None = None
+    model: str | None = None
+    """The model that is really used."""
+    reattachable: bool = False
+    """Whether a lost connection to this response can be taken up again."""
+    cursor: str | None = None
+    note: str | None = None
+    """Something to know about this attempt, such as a feature the platform refused."""
+
+
+class Chunk(Event):
+    """A piece of output. Written by adapters, gathered by the worker."""
+
+    type: ClassVar[str] = "chunk"
+
+    text: str
+    kind: ChunkKind = "text"
+    offset: int = 0
+    """Characters of this kind before this piece. The worker fills it in."""
+    cursor: str | None = None
+    """Where the platform's stream goes on after this piece."""
+
+
+class UsageReported(Event):
+    """Tokens of this attempt known so far; the last one counts. Written by adapters."""
+
+    type: ClassVar[str] = "usage"
+
+    usage: Usage
+
+
+class FileCreated(Event):
+    """The platform wrote a file. Written by adapters."""
+
+    type: ClassVar[str] = "file_created"
+
+    path: str
+    size: int | None = None
+    """Bytes."""
+    digest: str | None = None
+    """SHA-256, in hexadecimal."""
+
+
+class AttemptFailed(Event):
+    """An attempt failed and another one follows at `retry_at`."""
+
+    type: ClassVar[str] = "attempt_failed"
+
+    attempt: int
+    error_class: str
+    message: str
+    status: int | None = None
+    request_id: str | None = None
+    retryable: bool
+    retry_after: float | None = None
+    """Seconds the platform asked to wait."""
+    next: Literal["retry", "fallback"]
+    retry_at: datetime
+    usage: Usage | None = None
+    cost_usd: float | None = None
+
+
+class Interrupted(Event):
+    """The worker was lost, or handed the task back; the task waits for the next one."""
+
+    type: ClassVar[str] = "interrupted"
+
+    worker: str
+    """The worker that had the task."""
+    attempt: int
+    reason: Literal["worker_lost", "handed_back"]
+    outcome: Literal["unknown", "reattachable"]
+    """What is known of the attempt: `unknown` means that the platform may have finished it."""
+    next: StartMode | Literal["fail", "cancel"]
+    usage: Usage | None = None
+    cost_usd: float | None = None
+
+
+class CancelRequested(Event):
+    """Somebody asked for the end of a running task."""
+
+    type: ClassVar[str] = "cancel_requested"
+
+    by: str
+    reason: str | None = None
+
+
+class Completed(Event):
+    """The task is done. Adapters give the reasons and the usage, the worker the rest."""
+
+    type: ClassVar[str] = "completed"
+    ends_task: ClassVar[bool] = True
+
+    finish_reason: str = "stop"
+    """`stop`, `length`, `tool_calls`, `content_filter`: the same words on every platform."""
+    platform_finish_reason: str | None = None
+    usage: Usage | None = None
+    """Tokens of the last attempt."""
+    cost_usd: float | None = None
+    """US dollars of the last attempt; None where unknown."""
+    price_version: str | None = None
+    output_length: int = 0
+    """Characters."""
+    output_digest: str | None = None
+    """SHA-256 of the output in UTF-8, in hexadecimal."""
+
+
+class Failed(Event):
+    """The task failed for good."""
+
+    type: ClassVar[str] = "failed"
+    ends_task: ClassVar[bool] = True
+
+    error_class: str
+    message: str
+    status: int | None = None
+    request_id: str | None = None
+    attempts: int
+    output_length: int = 0
+    usage: Usage | None = None
+    cost_usd: float | None = None
+    price_version: str | None = None
+
+
+class Cancelled(Event):
+    """The task was cancelled; what was there is kept."""
+
+    type: ClassVar[str] = "cancelled"
+    ends_task: ClassVar[bool] = True
+
+    by: str | None = None
+    reason: str | None = None
+    output_length: int = 0
+    usage: Usage | None = None
+    cost_usd: float | None = None
+    price_version: str | None = None
+
+
+class Redacted(Event):
+    """Content was removed from this stream; the only event that can follow an ending.
+
+    It names the tombstones it left and their digests, so that nothing else can pass for one.
+    """
+
+    type: ClassVar[str] = "redacted"
+
+    by: str
+    reason: str | None = None
+    tombstones: dict[str, str]
+    """Version in this stream -> SHA-256 of the tombstone that stands there now."""
+
+
+EVENT_TYPES: Final[Mapping[str, type[Event]]] = {
+    model.type: model
+    for model in (
+        Submitted,
+        Running,
+        Accepted,
+        Chunk,
+        UsageReported,
+        FileCreated,
+        AttemptFailed,
+        Interrupted,
+        CancelRequested,
+        Completed,
+        Failed,
+        Cancelled,
+        Redacted,
+    )
+}
+ENDINGS: Final = tuple(name for name, model in EVENT_TYPES.items() if model.ends_task)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedEvent:
+    """An event with its place in the log.
+
+    Attributes:
+        position: Place in the whole log: 1, 2, 3 … without gaps, in the order of commits.
+        task_id: The stream.
+        version: Place in the stream: 1, 2, 3 … without gaps.
+        event: What happened.
+        recorded_at: When it was written down (UTC).
+        redacted: Whether content was removed from it later.
+    """
+
+    position: int
+    task_id: str
+    version: int
+    event: Event
+    recorded_at: datetime
+    redacted: bool = False
+
+
+class EncodedEvent(NamedTuple):
+    """An event as it is stored."""
+
+    type: str
+    schema_version: int
+    data: bytes
+    """Canonical JSON."""
+
+
+def canonical(data: object) -> bytes:
+    """Return the one JSON text that stands for ``data``: sorted keys, no spaces, UTF-8."""
+    return orjson.dumps(data, option=orjson.OPT_SORT_KEYS)
+
+
+def encode(event: Event) -> EncodedEvent:
+    """Return the stored form of ``event``."""
+    if type(event) is Chunk:  # most of all events, and all of their fields are plain
+        plain: dict[str, Any] = {"kind": event.kind, "offset": event.offset, "text": event.text}
+        if event.cursor is not None:
+            plain["cursor"] = event.cursor
+    else:
+        plain = event.model_dump(mode="json", exclude_none=True)
+    return EncodedEvent(event.type, event.schema_version, canonical(plain))
+
+
+Upcaster: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
+
+# (type, schema version) -> what turns its data into that of the next schema version.
+UPCASTERS: Final[dict[tuple[str, int], Upcaster]] = {}
+
+# What stands in for content that `redact` removed, where a field can't be absent.
+_REDACTED_FIELDS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "submitted": {"task": {}},
+    "chunk": {"text": ""},
+    "failed": {"message": ""},
+    "attempt_failed": {"message": ""},
+    "file_created": {"path": ""},
+}
+
+
+def decode(type_: str, schema_version: int, data: str | bytes) -> Event:
+    """Return the event that was stored, brought up to today's schema.
+
+    Raises:
+        DatabaseIncompatible: A newer perdure wrote it.
+        DatabaseCorrupt: It can't be what was written.
+    """
+    model = EVENT_TYPES.get(type_)
+    if model is None or schema_version > model.schema_version:
+        raise DatabaseIncompatible(
+            f"the log has an event {type_!r} of schema version {schema_version}, which this "
+            "perdure does not know: upgrade perdure"
+        )
+    try:
+        plain = orjson.loads(data)
+        if "redacted" in plain:
+            plain = {**_REDACTED_FIELDS.get(type_, {}), **plain}
+            del plain["redacted"]
+        for version in range(schema_version, model.schema_version):
+            plain = UPCASTERS[type_, version](plain)
+        return model.model_validate(plain)
+    except (ValidationError, orjson.JSONDecodeError, KeyError, TypeError) as error:
+        problem = str(error).splitlines()[0]
+        raise DatabaseCorrupt(
+            f"an event {type_!r} is unreadable ({problem}): run `perdure verify`"
+        ) from None
+
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+def chain_digest(
+    previous: bytes,
+    position: int,
+    task_id: str,
+    version: int,
+    type_: str,
+    schema_version: int,
+    recorded_at: datetime,
+    data_digest: bytes,
+) -> bytes:
+    """Return the SHA-256 that ties an event to all events before it.
+
+    Args:
+        previous: The digest of the event at ``position - 1``; empty for the first.
+        data_digest: SHA-256 of the canonical JSON of the event's data.
+    """
+    micros = (recorded_at - _EPOCH) // _MICROSECOND
+    head = f"{position}\n{task_id}\n{version}\n{type_}\n{schema_version}\n{micros}\n"
+    return hashlib.sha256(previous + head.encode() + data_digest).digest()

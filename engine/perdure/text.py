@@ -1,0 +1,96 @@
+"""Text that can be stored everywhere: what is let in, what is mended, what is shown."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Final, TypeAlias, Union
+
+__all__ = ["JsonObject", "JsonValue", "check_json", "check_text", "clean_text", "printable"]
+
+JsonValue: TypeAlias = Union[  # noqa: UP007 - a recursive alias needs the quoted form
+    None, bool, int, float, str, "list[JsonValue]", "dict[str, JsonValue]"
+]
+JsonObject: TypeAlias = dict[str, JsonValue]
+
+# PostgreSQL stores no NUL in text, and no UTF-8 encoder takes a lone surrogate.
+_UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
+# C0 (but for tab and newline), DEL and C1: what a terminal would obey instead of show.
+# Bidirectional overrides are there too: they let text pretend to be other text.
+_CONTROL: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_LARGEST_INT: Final = 2**63 - 1
+_MAX_DEPTH: Final = 64
+
+
+def check_text(text: str) -> str:
+    """Return ``text``, or raise ``ValueError`` naming the character that can't be stored."""
+    found = _UNSTORABLE.search(text)
+    if found is None:
+        return text
+    what = "a NUL character" if found[0] == "\x00" else "a lone surrogate (invalid UTF-8)"
+    raise ValueError(f"contains {what} at character {found.start()}; remove it")
+
+
+def clean_text(text: str) -> str:
+    """Return ``text`` with what can't be stored replaced by U+FFFD.
+
+    For what platforms send: an answer that was paid for is never refused for one bad character.
+    """
+    return text if text.isascii() and "\x00" not in text else _UNSTORABLE.sub("\ufffd", text)
+
+
+def printable(text: str) -> str:
+    r"""Return ``text`` with terminal escapes made visible (``\x1b``), newlines and tabs kept."""
+    return _CONTROL.sub(_visible, text.replace("\r\n", "\n"))
+
+
+def _visible(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def check_json(value: object, depth: int = 0) -> JsonValue:
+    """Return ``value`` in the form in which every database gives it back unchanged.
+
+    Raises:
+        ValueError: It is no JSON, or holds a number or text that can't be stored.
+    """
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"is nested more than {_MAX_DEPTH} levels deep")
+    match value:
+        case None | bool():
+            return value
+        case str():
+            return check_text(str(value))
+        case int():
+            if abs(value) > _LARGEST_INT:
+                raise ValueError(f"holds the number {value}, beyond 64 bits; store it as text")
+            return int(value)
+        case float():
+            return _check_float(value)
+        case dict():
+            return {_check_key(k): check_json(v, depth + 1) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        case list() | tuple():
+            return [check_json(item, depth + 1) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        case _:
+            raise ValueError(f"holds a {type(value).__name__}, which is no JSON value")
+
+
+def _check_float(value: float) -> int | float:
+    if not math.isfinite(value):
+        raise ValueError(f"holds {value}, which is no JSON number")
+    # JSONB keeps numbers as decimals: a whole float beyond 2**53 and a negative zero would come
+    # back as something else and break the digest.
+    if abs(value) > _LARGEST_INT:
+        raise ValueError(f"holds the number {value}, beyond 64 bits; store it as text")
+    if value == 0 or (value.is_integer() and abs(value) >= 2**53):
+        return int(value)
+    return value
+
+
+def _check_key(key: object) -> str:
+    if not isinstance(key, str):
+        raise ValueError(f"has the key {key!r}; JSON keys are text")  # noqa: TRY004 - input error
+    return check_text(key)
