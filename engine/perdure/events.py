@@ -114,6 +114,8 @@ class Chunk(Event):
     """Characters of this kind before this piece. The worker fills it in."""
     cursor: str | None = None
     """Where the platform's stream goes on after this piece."""
+    length: int | None = None
+    """Characters there were, where the text was redacted."""
 
 
 class UsageReported(Event):
@@ -276,7 +278,6 @@ class RecordedEvent:
         version: Place in the stream: 1, 2, 3 … without gaps.
         event: What happened.
         recorded_at: When it was written down (UTC).
-        redacted: Whether content was removed from it later.
     """
 
     position: int
@@ -284,7 +285,6 @@ class RecordedEvent:
     version: int
     event: Event
     recorded_at: datetime
-    redacted: bool = False
 
 
 class EncodedEvent(NamedTuple):

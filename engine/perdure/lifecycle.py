@@ -142,6 +142,7 @@ def evolve(state: TaskState | None, event: Event, at: datetime) -> TaskState:
             platform=event.platforms[0],
             submitted_at=at,
             available_at=at,
+            model=(event.task.get("constraints") or {}).get("model"),
         )
     rule = _RULES.get(type(event))
     if rule is None:
@@ -193,7 +194,10 @@ def _chunk(state: TaskState, event: Chunk, at: datetime) -> TaskState:
         )
     return state._replace(
         version=state.version + 1,
-        lengths={**state.lengths, event.kind: length + len(event.text)},
+        lengths={
+            **state.lengths,
+            event.kind: length + (len(event.text) if event.length is None else event.length),
+        },
         cursor=event.cursor or state.cursor,
     )
 

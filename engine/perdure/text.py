@@ -8,9 +8,7 @@ from typing import Final, TypeAlias, Union
 
 __all__ = ["JsonObject", "JsonValue", "check_json", "check_text", "clean_text", "printable"]
 
-JsonValue: TypeAlias = Union[  # noqa: UP007 - a recursive alias needs the quoted form
-    None, bool, int, float, str, "list[JsonValue]", "dict[str, JsonValue]"
-]
+JsonValue: TypeAlias = Union[None, bool, int, float, str, "list[JsonValue]", "dict[str, JsonValue]"]
 JsonObject: TypeAlias = dict[str, JsonValue]
 
 # PostgreSQL stores no NUL in text, and no UTF-8 encoder takes a lone surrogate.

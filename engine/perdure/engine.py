@@ -1,0 +1,478 @@
+"""The engine: where everything is put together, and the face people use."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import os
+import socket
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from perdure.adapter import Adapter
+from perdure.attempt import Stop
+from perdure.errors import (
+    InvalidTask,
+    InvalidTransition,
+    PerdureError,
+    RunningLoop,
+    TaskNotFound,
+)
+from perdure.events import Cancelled, CancelRequested, Chunk, RecordedEvent, Running
+from perdure.platforms import Platforms
+from perdure.store.claims import Scope
+from perdure.store.database import Database
+from perdure.store.log import EventLog
+from perdure.store.maintenance import redact
+from perdure.store.records import (
+    TaskFilter,
+    TaskRecord,
+    find_task,
+    find_tasks,
+    read_events,
+    read_task,
+)
+from perdure.store.transaction import Transaction
+from perdure.streaming import TextChunk
+from perdure.submission import Prepared, Submission, prepare, submit
+from perdure.task import Result, Task, TaskStatus
+from perdure.worker import Worker, WorkerSettings
+
+__all__ = ["Engine", "default_database", "execute", "whoami"]
+
+
+def default_database() -> str:
+    """Return the database that is used where none is named: `PERDURE_DB`, or one per user."""
+    named = os.environ.get("PERDURE_DB")
+    if named:
+        return named
+    from platformdirs import user_data_path
+
+    return str(user_data_path("perdure", appauthor=False) / "perdure.db")
+
+
+def whoami() -> str:
+    """Return who acts, for the log: `user@host`."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        user = str(os.getuid()) if hasattr(os, "getuid") else "unknown"
+    return f"{user}@{socket.gethostname()}"
+
+
+class Engine:
+    """Runs tasks, and answers for what became of them.
+
+    Use it as an asynchronous context manager::
+
+        async with Engine.open("sqlite:///perdure.db") as engine:
+            task_id = await engine.submit_task(Task(prompt="…", platform="demo"))
+            async for text in engine.stream_result(task_id):
+                print(text, end="")
+
+    Everything is in the database: another process, or this one after a crash, goes on where this
+    one stopped.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        platforms: Platforms,
+        *,
+        run: bool = True,
+        create: bool = True,
+        scope: Scope | None = None,
+        settings: WorkerSettings | None = None,
+        default_platform: str | None = None,
+    ) -> None:
+        self.database = database
+        self.platforms = platforms
+        self.log = EventLog(database)
+        self.worker = Worker(database, self.log, platforms, scope=scope, settings=settings)
+        self._run = run
+        self._create = create
+        self._default_platform = default_platform
+        self._working: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        url: str | os.PathLike[str] | None = None,
+        *,
+        adapters: Sequence[Adapter] | None = None,
+        run: bool = True,
+        create: bool = True,
+        scope: Scope | None = None,
+        settings: WorkerSettings | None = None,
+        default_platform: str | None = None,
+    ) -> Engine:
+        """Return an engine on a database, to be entered with ``async with``.
+
+        Args:
+            url: A file's path or `sqlite:///FILE`; default: `PERDURE_DB`, or one per user.
+            adapters: Exactly these platforms; None takes the ones that are installed.
+            run: Run tasks in the background. Without it tasks are only submitted, read, cancelled.
+            create: Create the database when it isn't there.
+            scope: Which tasks to run; default: all of the platforms at hand.
+            settings: How they are run.
+            default_platform: For tasks that name none; default: the only or first of ``adapters``.
+        """
+        if default_platform is None and adapters:
+            default_platform = adapters[0].platform
+        engine = cls(
+            Database(url if url is not None else default_database()),
+            Platforms(adapters),
+            run=run,
+            create=create,
+            scope=scope,
+            settings=settings,
+            default_platform=default_platform,
+        )
+        for adapter in adapters or ():
+            bind = getattr(adapter, "bind", None)
+            if bind is not None:
+                bind(engine)
+        return engine
+
+    async def __aenter__(self) -> Self:
+        """Create or migrate the database, start writing and running."""
+        await asyncio.to_thread(self.database.prepare, create=self._create)
+        await self.log.open()
+        if self._run:
+            self.start_running()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Hand back what runs, write what is waiting, close everything."""
+        await self.close()
+
+    def start_running(self) -> None:
+        """Run tasks in the background from now on."""
+        if self._working is None:
+            self._working = asyncio.create_task(self.worker.run())
+            self._working.add_done_callback(self._worker_ended)
+
+    def _worker_ended(self, working: asyncio.Task[None]) -> None:
+        if working.cancelled():
+            return
+        error = working.exception()
+        if isinstance(error, PerdureError):
+            # Nobody would ever see the end of what they are waiting for.
+            self.log.feed.close(error)
+        elif error is not None:
+            self.log.feed.close(PerdureError(f"the worker failed: {type(error).__name__}: {error}"))
+
+    async def close(self) -> None:
+        """Hand back what runs, write what is waiting, close everything. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        await self.worker.close()
+        if self._working is not None:
+            await asyncio.wait({self._working})
+        await self.platforms.close()
+        await self.log.close()
+        await self.database.close()
+
+    # -- the five lifecycle methods --------------------------------------------------------------
+
+    async def submit_task(self, task: Task) -> str:
+        """Write a task down to be run and return its id; it is safe from then on.
+
+        A task whose `key` is known already is not written again; its id is returned.
+
+        Raises:
+            InvalidTask: The task can't be accepted; the message says why.
+            UnknownPlatform: It names a platform that isn't installed.
+        """
+        (outcome,) = await self.submit_tasks((task,))
+        if isinstance(outcome, PerdureError):
+            raise outcome
+        return outcome.task_id
+
+    async def submit_tasks(self, tasks: Iterable[Task]) -> list[Submission | PerdureError]:
+        """Write many tasks down in one transaction; returns one outcome each, in order.
+
+        A task that can't be accepted doesn't stop the others: its outcome is the error.
+        """
+        outcomes: list[Submission | PerdureError | None] = []
+        ready: list[Prepared] = []
+        for task in tasks:
+            try:
+                # Only files make it slow; a thread for every task would cost more than it saves.
+                make = (
+                    prepare(task, self.platforms, self._default_platform)
+                    if not task.files
+                    else (
+                        await asyncio.to_thread(
+                            prepare, task, self.platforms, self._default_platform
+                        )
+                    )
+                )
+            except PerdureError as error:
+                outcomes.append(error)
+            else:
+                ready.append(make)
+                outcomes.append(None)
+        written = iter(
+            await self.log.write(lambda tx: submit(tx, ready), tuple(one.task_id for one in ready))
+            if ready
+            else ()
+        )
+        done = [next(written) if outcome is None else outcome for outcome in outcomes]
+        for outcome in done:
+            if isinstance(outcome, Submission) and outcome.new:
+                self.worker.add_to_scope(outcome.task_id)
+        return done
+
+    async def get_status(self, task_id: str) -> TaskStatus:
+        """Return where a task stands; `TaskStatus.UNKNOWN` where there is no such task."""
+        record = await find_task(self.database, task_id)
+        return TaskStatus.UNKNOWN if record is None else record.status
+
+    async def get_result(self, task_id: str, timeout: float | None = None) -> Result:
+        """Wait for the end of a task and return what came out of it.
+
+        Args:
+            task_id: The task.
+            timeout: Seconds to wait at most; None waits without limit.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            TimeoutError: It hasn't ended in that time.
+        """
+        record = await self.get_task(task_id)
+        if not record.status.ended:
+            async with asyncio.timeout(timeout):
+                async for _event in self.log.feed.follow(task_id):
+                    pass
+            record = await self.get_task(task_id)
+        return make_result(record, await read_task(self.database, task_id))
+
+    async def stream_result(
+        self, task_id: str, from_version: int = 0
+    ) -> AsyncGenerator[TextChunk, None]:
+        """Yield a task's output as it comes: first what is there, then live, until it ends.
+
+        Any number of readers, in any process, each at its own place. What a reader is shown is in
+        the log. Where an attempt was lost and had to begin again, an empty chunk of offset 0 says
+        so: what came before is no longer part of the output (see `TextChunk`).
+
+        Args:
+            task_id: The task.
+            from_version: Go on after this version of the task's stream.
+
+        Raises:
+            TaskNotFound: There is no such task.
+        """
+        shown = from_version > 0
+        async for recorded in self.stream_events(task_id, from_version):
+            match recorded.event:
+                case Chunk() as chunk if chunk.kind == "text":
+                    shown = True
+                    yield TextChunk.of(chunk, recorded.version)
+                case Running() as running if shown and running.mode == "restart":
+                    yield TextChunk("", offset=0, version=recorded.version)
+                case _:
+                    pass
+
+    async def stream_events(
+        self, task_id: str, from_version: int = 0
+    ) -> AsyncGenerator[RecordedEvent, None]:
+        """Yield a task's events after a version, then live, up to the one that ends it.
+
+        Raises:
+            TaskNotFound: There is no such task.
+        """
+        if await find_task(self.database, task_id) is None:
+            raise TaskNotFound(task_id)
+        async for recorded in self.log.feed.follow(task_id, from_version):
+            yield recorded
+
+    async def cancel_task(
+        self, task_id: str, reason: str | None = None, *, by: str | None = None
+    ) -> bool:
+        """Cancel a task, wherever it runs. What it has produced is kept.
+
+        Returns:
+            True when the cancellation was written down: a pending task has ended by then, a running
+            one ends as soon as its owner sees it, unless the platform finished first. False, and
+            nothing is written, when it had ended, was being cancelled already, or doesn't exist.
+        """
+        by = by or whoami()
+
+        def cancel(tx: Transaction) -> bool:
+            fold = tx.fold(task_id)
+            if fold is None or fold.state is None:
+                return False
+            pending = fold.state.status is TaskStatus.PENDING
+            event = (
+                Cancelled(by=by, reason=reason, output_length=fold.state.length())
+                if pending
+                else CancelRequested(by=by, reason=reason)
+            )
+            try:
+                tx.append(task_id, (event,), fold.version)
+            except InvalidTransition:
+                return False
+            return True
+
+        return await self.log.write(cancel, (task_id,))
+
+    # -- looking things up -----------------------------------------------------------------------
+
+    async def get_task(self, task_id: str) -> TaskRecord:
+        """Return a task's row.
+
+        Raises:
+            TaskNotFound: There is no such task.
+        """
+        record = await find_task(self.database, task_id)
+        if record is None:
+            raise TaskNotFound(task_id)
+        return record
+
+    async def list_tasks(
+        self, which: TaskFilter | None = None, *, limit: int | None = 100
+    ) -> list[TaskRecord]:
+        """Return tasks, the newest first."""
+        return await find_tasks(self.database, which or TaskFilter(), limit=limit)
+
+    async def get_events(self, task_id: str) -> list[RecordedEvent]:
+        """Return all of a task's events so far.
+
+        Raises:
+            TaskNotFound: There is no such task.
+        """
+        found = await read_events(self.database, task_id)
+        if not found:
+            raise TaskNotFound(task_id)
+        return found
+
+    async def get_definition(self, task_id: str) -> Task:
+        """Return the task as it was submitted.
+
+        Raises:
+            TaskNotFound: There is no such task.
+        """
+        return await read_task(self.database, task_id)
+
+    # -- once more, and no more ------------------------------------------------------------------
+
+    async def retry_task(self, task_id: str) -> Submission:
+        """Run an ended task again, as a new task that is linked to it; the old one stays as it is.
+
+        Asking twice gives the same new task: the link is unique.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            InvalidTask: It hasn't ended, or its content was redacted.
+        """
+        record = await self.get_task(task_id)
+        if not record.status.ended:
+            raise InvalidTask(f"{task_id} is {record.status}: only ended tasks can be run again")
+        if record.prompt is None:
+            raise InvalidTask(f"{task_id} was redacted: there is nothing left to run again")
+        task = await read_task(self.database, task_id)
+        again = task.model_copy(
+            update={
+                "task_id": None,
+                "retry_of": task_id,
+                "key": f"retry:{task_id}",
+                "platform": task.platform or record.platform,
+            }
+        )
+        (outcome,) = await self.submit_tasks((again,))
+        if isinstance(outcome, PerdureError):
+            raise outcome
+        return outcome
+
+    async def redact_task(
+        self, task_id: str, reason: str | None = None, *, by: str | None = None
+    ) -> int:
+        """Remove the content of an ended task for good; returns how many events were changed.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            InvalidTransition: It hasn't ended.
+        """
+        who = by or whoami()
+        return await self.log.write(
+            lambda tx: redact(tx, task_id, who, reason), (task_id,), alone=True
+        )
+
+    async def run_until_done(self) -> None:
+        """Run the scope's tasks until none is pending or running, in any process."""
+        await self.worker.run(until_done=True)
+
+    async def stop_running(self, why: Stop = Stop.HAND_BACK) -> None:
+        """Stop what runs here: handed back, or cancelled with its partial output kept."""
+        await self.worker.cancel_running(why)
+
+
+def make_result(record: TaskRecord, task: Task) -> Result:
+    """Return an ended task's result."""
+    success = record.status is TaskStatus.COMPLETED
+    began, ended = record.started_at, record.ended_at
+    return Result(
+        task=task,
+        task_id=record.task_id,
+        platform=record.platform,
+        output=record.output or "",
+        success=success,
+        error=record.error,
+        error_class=record.error_class,
+        cost=record.cost_usd,
+        tokens_used=record.usage.total_tokens,
+        duration_seconds=(ended - began).total_seconds() if began and ended else 0.0,
+        metadata=dict(task.metadata),
+        completed_at=ended,
+        status=record.status,
+        files_created=record.files_created,
+        partial_output=record.partial_output,
+        usage=record.usage,
+        finish_reason=record.finish_reason,
+        model=record.model,
+        attempts=record.attempts,
+    )
+
+
+def execute(
+    task: Task,
+    *,
+    url: str | os.PathLike[str] | None = None,
+    adapters: Sequence[Adapter] | None = None,
+    timeout: float | None = None,
+) -> Result:
+    """Run one task and wait for its result: the blocking form.
+
+    Args:
+        task: What to do.
+        url: The database; default: `PERDURE_DB`, or one per user.
+        adapters: Exactly these platforms; None takes the ones that are installed.
+        timeout: Seconds to wait at most; None waits without limit.
+
+    Raises:
+        RunningLoop: Called where an event loop is running; use `Engine` there.
+        TimeoutError: The task hasn't ended in that time; it can be resumed.
+    """
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise RunningLoop("execute() blocks, and an event loop is running here: use Engine instead")
+
+    async def run() -> Result:
+        scope = Scope(task_ids=frozenset())
+        async with Engine.open(url, adapters=adapters, scope=scope) as engine:
+            task_id = await engine.submit_task(task)
+            engine.worker.add_to_scope(task_id)
+            return await engine.get_result(task_id, timeout)
+
+    return asyncio.run(run())

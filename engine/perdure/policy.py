@@ -1,0 +1,164 @@
+"""Decisions about what happens next, as pure functions: what to write down, given what is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from perdure.errors import PlatformError, TimeLimitExceeded
+from perdure.events import AttemptFailed, Cancelled, Event, Failed, Interrupted
+from perdure.lifecycle import TaskState
+from perdure.task import Recovery, Usage
+
+__all__ = ["RetryPolicy", "after_failure", "after_interruption", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """When to try again.
+
+    Attributes:
+        base_seconds: The first wait, at most; each further one may be twice as long.
+        cap_seconds: No wait is longer, unless the platform asks for it.
+        retry_after_cap_seconds: The longest a platform may make us wait.
+        max_interruptions: A task whose workers are lost that often ends as failed: it may be what
+            kills them.
+    """
+
+    base_seconds: float = 1.0
+    cap_seconds: float = 60.0
+    retry_after_cap_seconds: float = 600.0
+    max_interruptions: int = 50
+
+    def wait(self, failures: int, retry_after: float | None, chance: float) -> float:
+        """Return how many seconds to wait after the ``failures``-th failure in a row.
+
+        Exponential with full jitter (M. Brooker, "Exponential Backoff And Jitter", 2015), never
+        earlier than the platform asked for.
+
+        Args:
+            failures: 1 for the first.
+            retry_after: Seconds the platform asked to wait.
+            chance: A random number from 0 to 1.
+        """
+        backoff = chance * min(self.cap_seconds, self.base_seconds * 2 ** min(failures - 1, 30))
+        if retry_after is None:
+            return backoff
+        return min(max(retry_after, 0.0), self.retry_after_cap_seconds) + 0.1 * backoff
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What an attempt has used, as far as it is known."""
+
+    usage: Usage | None = None
+    cost_usd: float | None = None
+    price_version: str | None = None
+
+
+def after_failure(
+    state: TaskState,
+    error: PlatformError,
+    *,
+    max_attempts: int,
+    policy: RetryPolicy,
+    now: datetime,
+    chance: Callable[[], float],
+    spent: Spent,
+    output_length: int,
+) -> Event:
+    """Return what an attempt's error leads to: another try, the next platform, or the end."""
+    error_class = type(error).__name__
+    message = error.message or error_class
+    # The time limit is the task's, not the platform's: there is no time left on any other one.
+    last = state.platform == state.platforms[-1] or isinstance(error, TimeLimitExceeded)
+    again = error.retryable and state.failures + 1 < max_attempts
+    if not again and last:
+        return Failed(
+            error_class=error_class,
+            message=message,
+            status=error.status,
+            request_id=error.request_id,
+            attempts=state.attempt,
+            output_length=output_length,
+            usage=spent.usage,
+            cost_usd=spent.cost_usd,
+            price_version=spent.price_version,
+        )
+    wait = policy.wait(state.failures + 1, error.retry_after, chance()) if again else 0.0
+    return AttemptFailed(
+        attempt=state.attempt,
+        error_class=error_class,
+        message=message,
+        status=error.status,
+        request_id=error.request_id,
+        retryable=error.retryable,
+        retry_after=error.retry_after,
+        next="retry" if again else "fallback",
+        retry_at=now + timedelta(seconds=wait),
+        usage=spent.usage,
+        cost_usd=spent.cost_usd,
+    )
+
+
+def after_interruption(
+    state: TaskState,
+    constraints: Mapping[str, Any],
+    *,
+    policy: RetryPolicy,
+    handed_back: bool = False,
+) -> Sequence[Event]:
+    """Return what becomes of a running task whose worker is gone or gives it back."""
+    reattachable = state.accepted is not None and state.accepted.reattachable
+    recovery = Recovery(constraints.get("recovery", Recovery.RESTART))
+    worn_out = state.interruptions + 1 > policy.max_interruptions
+
+    def interrupted(following: Any) -> Interrupted:  # noqa: ANN401 - one of Interrupted.next
+        return Interrupted(
+            worker=state.worker or "",
+            attempt=state.attempt,
+            reason="handed_back" if handed_back else "worker_lost",
+            outcome="reattachable" if reattachable else "unknown",
+            next=following,
+        )
+
+    if state.cancel is not None:
+        ending = Cancelled(
+            by=state.cancel.by,
+            reason=state.cancel.reason,
+            output_length=state.length(),
+            usage=state.usage,
+        )
+        return interrupted("cancel"), ending
+    if worn_out or (recovery is Recovery.FAIL and not reattachable):
+        message = (
+            f"its worker was lost {state.interruptions + 1} times; it may be what kills it"
+            if worn_out
+            else "its worker was lost, and its constraints say recovery = fail"
+        )
+        ending_failed = Failed(
+            error_class="Interrupted",
+            message=message,
+            attempts=state.attempt,
+            output_length=state.length(),
+        )
+        return interrupted("fail"), ending_failed
+    if reattachable:
+        return (interrupted("reattach"),)
+    if recovery is Recovery.CONTINUE and state.length() > 0:
+        return (interrupted("continue"),)
+    return (interrupted("restart"),)
+
+
+def cancelled(state: TaskState, spent: Spent, output_length: int) -> Cancelled:
+    """Return the ending of a task whose cancellation was asked for."""
+    return Cancelled(
+        by=state.cancel.by if state.cancel else None,
+        reason=state.cancel.reason if state.cancel else None,
+        output_length=output_length,
+        usage=spent.usage,
+        cost_usd=spent.cost_usd,
+        price_version=spent.price_version,
+    )

@@ -1,0 +1,1 @@
+"""The durable side: tables, connections, the log, its projection, and who follows it."""

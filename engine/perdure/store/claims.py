@@ -1,0 +1,267 @@
+"""Who works on what: due tasks, owners, and owners that are gone. Runs inside a `Transaction`."""
+
+from __future__ import annotations
+
+import os
+import platform as host_platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from perdure.events import Event, Running, Submitted, decode
+from perdure.lifecycle import TaskState
+from perdure.store.database import Database
+from perdure.store.schema import blobs, events, tasks, workers
+from perdure.store.transaction import Transaction, chunks_of
+
+__all__ = [
+    "Claimed",
+    "Scope",
+    "beat",
+    "claim",
+    "find_lost",
+    "forget_worker",
+    "host_name",
+    "load_blobs",
+    "next_due",
+    "recover",
+    "register_worker",
+    "unfinished",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which tasks a worker runs; everything that is None is no restriction.
+
+    Attributes:
+        platforms: Only these platforms' tasks.
+        batch: Only this batch's tasks.
+        task_ids: Only these tasks.
+    """
+
+    platforms: tuple[str, ...] | None = None
+    batch: str | None = None
+    task_ids: frozenset[str] | None = None
+
+    def conditions(self) -> list[sa.ColumnElement[bool]]:
+        """Return the scope as SQL."""
+        found: list[sa.ColumnElement[bool]] = []
+        if self.platforms is not None:
+            found.append(tasks.c.platform.in_(self.platforms))
+        if self.batch is not None:
+            found.append(tasks.c.batch == self.batch)
+        if self.task_ids is not None:
+            found.append(tasks.c.task_id.in_(self.task_ids))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A task that a worker owns from now on.
+
+    Attributes:
+        task_id: The task.
+        state: Where it stands, the claim included.
+        submitted: What was asked for.
+        output: The text so far, where the attempt goes on from it.
+        previous: The state before the claim: what there is to re-attach to.
+    """
+
+    task_id: str
+    state: TaskState
+    submitted: Submitted
+    output: str
+    previous: TaskState
+
+
+def claim(
+    tx: Transaction,
+    worker: str,
+    limit: int,
+    scope: Scope,
+    models: Mapping[str, str | None],
+) -> list[Claimed]:
+    """Take up to ``limit`` due tasks, by priority, then age: two workers can't get the same one.
+
+    Args:
+        tx: The transaction.
+        worker: Who takes them.
+        limit: How many at most.
+        scope: Which ones.
+        models: Platform -> the model to use where a task names none.
+    """
+    due = tx.connection.scalars(
+        sa.select(tasks.c.task_id)
+        .where(tasks.c.status == "pending", tasks.c.available_at <= tx.at, *scope.conditions())
+        .order_by(tasks.c.priority, tasks.c.stream_id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    tx.prefetch(due)
+    claimed: list[Claimed] = []
+    for task_id in due:
+        fold = tx.fold(task_id)
+        if fold is None or fold.state is None:
+            continue
+        before = fold.state
+        started = Running(
+            attempt=before.attempt + 1,
+            worker=worker,
+            platform=before.platform,
+            model=before.model or models.get(before.platform),
+            mode=before.next_mode,
+        )
+        tx.append(task_id, (started,), before.version)
+        claimed.append(
+            Claimed(task_id, fold.state, submitted_event(tx, fold.stream_id), fold.text, before)
+        )
+    return claimed
+
+
+def submitted_event(tx: Transaction, stream_id: int) -> Submitted:
+    """Return the first event of a stream."""
+    row = tx.connection.execute(
+        sa.select(events.c.type, events.c.schema_version, events.c.data).where(
+            events.c.stream_id == stream_id, events.c.version == 1
+        )
+    ).one()
+    event = decode(row.type, row.schema_version, row.data)
+    if not isinstance(event, Submitted):
+        raise TypeError(f"stream {stream_id} begins with {event.type}")
+    return event
+
+
+async def next_due(database: Database, scope: Scope) -> datetime | None:
+    """Return when the next pending task of the scope may begin; None where none is pending."""
+    rows = await database.rows(
+        sa.select(
+            sa.func.min(tasks.c.available_at, type_=tasks.c.available_at.type).label("due")
+        ).where(tasks.c.status == "pending", *scope.conditions())
+    )
+    due: datetime | None = rows[0]["due"]
+    return due
+
+
+async def unfinished(database: Database, scope: Scope) -> int:
+    """Return how many tasks of the scope are pending or running, whoever runs them."""
+    rows = await database.rows(
+        sa.select(sa.func.count())
+        .select_from(tasks)
+        .where(tasks.c.status.in_(("pending", "running")), *scope.conditions())
+    )
+    return int(rows[0]["count"])
+
+
+async def load_blobs(database: Database, digests: Sequence[str]) -> dict[str, bytes]:
+    """Return digest -> content, for those that are still there."""
+    found: dict[str, bytes] = {}
+    for part in chunks_of(digests):
+        for row in await database.rows(
+            sa.select(blobs.c.digest, blobs.c.data).where(blobs.c.digest.in_(part))
+        ):
+            found[row["digest"]] = bytes(row["data"])
+    return found
+
+
+# -- workers -------------------------------------------------------------------------------------
+
+
+def host_name() -> str:
+    """Return a name under which process ids mean the same: host and, on Linux, PID namespace."""
+    try:
+        namespace = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
+    except OSError:
+        return host_platform.node()
+    return f"{host_platform.node()}#{namespace}"
+
+
+def register_worker(tx: Transaction, worker: str) -> None:
+    """Write down that a worker of this process has begun."""
+    tx.connection.execute(
+        sa.insert(workers).values(
+            worker_id=worker,
+            host=host_name(),
+            pid=os.getpid(),
+            started_at=tx.at,
+            heartbeat_at=tx.at,
+        )
+    )
+
+
+def beat(tx: Transaction, worker: str) -> None:
+    """Write down that a worker is alive."""
+    changed = tx.connection.execute(
+        sa.update(workers).where(workers.c.worker_id == worker).values(heartbeat_at=tx.at)
+    )
+    if changed.rowcount == 0:  # it was away for long and declared lost; it may work on new tasks
+        register_worker(tx, worker)
+
+
+def forget_worker(tx: Transaction, worker: str) -> None:
+    """Remove a worker that has ended and owns nothing any more."""
+    tx.connection.execute(sa.delete(workers).where(workers.c.worker_id == worker))
+
+
+async def find_lost(database: Database, lease: timedelta, now: datetime) -> list[str]:
+    """Return the workers that are gone, and owners of running tasks that were never written down."""
+    rows = await database.rows(sa.select(workers))
+    gone = [row["worker_id"] for row in rows if not _alive(row, lease, now)]
+    known = {row["worker_id"] for row in rows}
+    owners = await database.rows(
+        sa.select(tasks.c.worker).where(tasks.c.status == "running").distinct()
+    )
+    return [*gone, *(row["worker"] for row in owners if row["worker"] not in known)]
+
+
+def _alive(row: sa.RowMapping, lease: timedelta, now: datetime) -> bool:
+    if row["host"] == host_name():
+        return _pid_exists(row["pid"]) and row["heartbeat_at"] + lease > now
+    return bool(row["heartbeat_at"] + lease > now)
+
+
+def _pid_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+_BATCH: Final = 200
+
+
+def recover(
+    tx: Transaction,
+    lost: str,
+    decide: Callable[[TaskState, Mapping[str, Any]], Sequence[Event]],
+) -> int:
+    """Take running tasks away from a lost worker; returns how many, 0 when it has none left.
+
+    Args:
+        tx: The transaction.
+        lost: The worker.
+        decide: Returns what to write for a task, from its state and its constraints.
+    """
+    owned = tx.connection.scalars(
+        sa.select(tasks.c.task_id)
+        .where(tasks.c.status == "running", tasks.c.worker == lost)
+        .limit(_BATCH)
+        .with_for_update(skip_locked=True)
+    ).all()
+    tx.prefetch(owned)
+    for task_id in owned:
+        fold = tx.fold(task_id)
+        if fold is None or fold.state is None:
+            continue
+        constraints = submitted_event(tx, fold.stream_id).task.get("constraints") or {}
+        tx.append(task_id, decide(fold.state, constraints), fold.version)
+    if not owned:
+        forget_worker(tx, lost)
+    return len(owned)

@@ -1,0 +1,73 @@
+"""Long texts and files: stored once in `blobs`, named in events by their SHA-256.
+
+Ten thousand tasks with one long system prompt keep it once. Whoever reads a task never notices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from perdure.task import Task
+
+__all__ = ["blob_digests", "digest_of", "restore", "separate"]
+
+# From this size on (bytes of UTF-8) a text that tasks are likely to share is stored apart.
+SHARED_FROM: Final = 4096
+
+
+def digest_of(data: bytes) -> str:
+    """Return the SHA-256 of ``data`` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def separate(task: Task) -> tuple[dict[str, Any], dict[str, str], dict[str, bytes]]:
+    """Return the task as JSON without its long shared texts, their places, and their content.
+
+    The prompt, or the last message where there are messages, stays: it is what differs from task
+    to task, and what people search for.
+    """
+    plain = task.model_dump(mode="json", exclude_defaults=True, exclude={"task_id"})
+    places: dict[str, str] = {}
+    content: dict[str, bytes] = {}
+    for place, holder, key in _shared_texts(plain):
+        data = str(holder[key]).encode()
+        if len(data) >= SHARED_FROM:
+            places[place] = digest_of(data)
+            content[places[place]] = data
+            holder[key] = ""
+    return plain, places, content
+
+
+def restore(
+    plain: Mapping[str, Any], places: Mapping[str, str], content: Mapping[str, bytes]
+) -> Task:
+    """Return the task that `separate` took apart. Content that was redacted comes back empty."""
+    data: dict[str, Any] = {**plain}
+    if "messages" in data:
+        data["messages"] = [dict(message) for message in data["messages"]]
+    if "context" in data:
+        data["context"] = dict(data["context"])
+    for place, holder, key in list(_shared_texts(data)):
+        if place in places:
+            holder[key] = content.get(places[place], b"").decode()
+    return Task.model_validate(data)
+
+
+def blob_digests(plain: Mapping[str, Any], places: Mapping[str, str]) -> set[str]:
+    """Return the digests of everything that a stored task has in `blobs`."""
+    attached: Iterable[Any] = plain.get("files") or ()
+    return {*places.values(), *(f["digest"] for f in attached if isinstance(f, dict))}
+
+
+def _shared_texts(plain: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield the place, the holder and the key of every text that tasks may share."""
+    if isinstance(plain.get("system"), str):
+        yield "system", plain, "system"
+    for index, message in enumerate((plain.get("messages") or ())[:-1]):
+        yield f"messages.{index}", message, "content"
+    context: dict[str, Any] = plain.get("context") or {}
+    for key, value in context.items():
+        if isinstance(value, str):
+            yield f"context.{key}", context, key

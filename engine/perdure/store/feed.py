@@ -1,0 +1,252 @@
+"""Following the log: one wake-up source per process, any number of readers.
+
+The writer tells the feed what it committed, and that somebody else has committed. What this process
+wrote itself reaches its readers without a query; what others wrote is fetched once for all readers.
+Everything here runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from perdure.errors import EngineClosed, PerdureError
+from perdure.events import RecordedEvent, decode
+from perdure.store.database import Database
+from perdure.store.schema import events, log_head, streams
+
+__all__ = ["Feed", "recorded"]
+
+Listener = Callable[[RecordedEvent], None]
+
+PAGE: Final = 500
+# A reader that is so far behind fetches from the database again instead of being kept events for.
+MAILBOX: Final = 2000
+
+SELECT_EVENTS: Final = sa.select(
+    events.c.position,
+    streams.c.task_id,
+    events.c.version,
+    events.c.type,
+    events.c.schema_version,
+    events.c.data,
+    events.c.recorded_at,
+).join_from(events, streams, events.c.stream_id == streams.c.stream_id)
+
+
+def recorded(row: Mapping[str, Any]) -> RecordedEvent:
+    """Return the event that a row of `SELECT_EVENTS` holds."""
+    return RecordedEvent(
+        position=row["position"],
+        task_id=row["task_id"],
+        version=row["version"],
+        event=decode(row["type"], row["schema_version"], row["data"]),
+        recorded_at=row["recorded_at"],
+    )
+
+
+class Feed:
+    """Who wants to know of which stream, and how far this process has seen the log."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._listeners: dict[str, list[Listener]] = {}
+        self._seen = 0
+        self._fetching: asyncio.Task[None] | None = None
+        self._stale = False
+        self._failed: PerdureError | None = None
+        self._readers: set[_Reader] = set()
+        self.on_active: Callable[[], None] = lambda: None
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody listens, so that looking for others' commits is worth it."""
+        return bool(self._listeners)
+
+    def start(self, position: int) -> None:
+        """Begin after ``position``, the head of the log at this moment."""
+        self._seen = position
+
+    # -- listening -------------------------------------------------------------------------------
+
+    def listen(
+        self, task_id: str, listener: Listener, *, since: int | None = None
+    ) -> Callable[[], None]:
+        """Call ``listener`` for the stream's events from now on; returns how to stop it.
+
+        It may be told of an event twice, and of some that are older than the call.
+
+        Args:
+            task_id: The stream.
+            listener: Called on the event loop.
+            since: A position from which on nothing may be missed; default: the present one.
+        """
+        first = not self._listeners
+        self._listeners.setdefault(task_id, []).append(listener)
+        if first:
+            self.on_active()
+        if since is not None and since < self._seen:
+            self._seen = since
+            self._fetch()
+
+        def stop() -> None:
+            listeners = self._listeners.get(task_id, [])
+            if listener in listeners:
+                listeners.remove(listener)
+            if not listeners:
+                self._listeners.pop(task_id, None)
+
+        return stop
+
+    async def follow(self, task_id: str, after: int = 0) -> AsyncGenerator[RecordedEvent, None]:
+        """Yield the stream's events after version ``after``: first what is there, then what comes.
+
+        Ends after the event that ends the task. The stream must exist.
+
+        Raises:
+            EngineClosed: The engine was closed before the task ended.
+        """
+        reader = _Reader()
+        self._readers.add(reader)
+        stop = self.listen(task_id, reader.receive)
+        try:
+            while True:
+                async for event in self._replay(task_id, after):
+                    after = event.version
+                    yield event
+                    if event.event.ends_task:
+                        return
+                reader.behind = False
+                while not reader.behind:
+                    event = await reader.next()
+                    if event is None or event.version > after + 1:
+                        break  # some were not kept: fetch them
+                    if event.version <= after:
+                        continue
+                    after = event.version
+                    yield event
+                    if event.event.ends_task:
+                        return
+        finally:
+            stop()
+            self._readers.discard(reader)
+
+    async def _replay(self, task_id: str, after: int) -> AsyncGenerator[RecordedEvent, None]:
+        while True:
+            page = await self._database.rows(
+                SELECT_EVENTS.where(streams.c.task_id == task_id, events.c.version > after)
+                .order_by(events.c.version)
+                .limit(PAGE)
+            )
+            for row in page:
+                after = row.version
+                yield recorded(row)
+            if len(page) < PAGE:
+                return
+
+    # -- being told ------------------------------------------------------------------------------
+
+    def publish(self, committed: Sequence[RecordedEvent], first: int, last: int) -> None:
+        """Take what this process has committed, at the positions from ``first`` to ``last``."""
+        if not self._listeners:
+            self._seen = max(self._seen, last)
+        elif self._fetching is None and self._seen == first - 1:
+            self._seen = last
+            self._deliver(committed)
+        else:
+            self._fetch()
+
+    def others_committed(self) -> None:
+        """Take the news that another process has committed something."""
+        if self._listeners:
+            self._fetch()
+
+    def close(self, error: PerdureError | None = None) -> None:
+        """End all readers."""
+        self._failed = error or EngineClosed("the engine was closed while a stream was being read")
+        for reader in self._readers:
+            reader.fail(self._failed)
+        if self._fetching is not None:
+            self._fetching.cancel()
+
+    def _deliver(self, committed: Sequence[RecordedEvent]) -> None:
+        for event in committed:
+            for listener in tuple(self._listeners.get(event.task_id, ())):
+                listener(event)
+
+    def _fetch(self) -> None:
+        self._stale = True
+        if self._fetching is None and self._failed is None:
+            self._fetching = asyncio.get_running_loop().create_task(self._fetch_all())
+
+    async def _fetch_all(self) -> None:
+        try:
+            while self._stale:
+                self._stale = False
+                wanted = tuple(self._listeners)
+                if not wanted:
+                    break
+                since = self._seen
+                head, fresh = await self._database.read(lambda c: _news(c, wanted, since))
+                if self._seen == since:  # else somebody joined who needs an earlier start
+                    self._seen = head
+                self._deliver(fresh)
+        except PerdureError as error:
+            self.close(error)
+        finally:
+            self._fetching = None
+
+
+async def _news(
+    connection: AsyncConnection, wanted: tuple[str, ...], since: int
+) -> tuple[int, list[RecordedEvent]]:
+    head = int((await connection.execute(sa.select(log_head.c.position))).scalar_one())
+    rows = await connection.execute(
+        SELECT_EVENTS.where(
+            events.c.position > since,
+            events.c.position <= head,
+            streams.c.task_id.in_(wanted),
+        ).order_by(events.c.position)
+    )
+    return head, [recorded(row) for row in rows.mappings()]
+
+
+class _Reader:
+    """What one reader has been told and not yet taken."""
+
+    def __init__(self) -> None:
+        self._mailbox: deque[RecordedEvent] = deque()
+        self._news = asyncio.Event()
+        self._error: PerdureError | None = None
+        self.behind = False
+
+    def receive(self, event: RecordedEvent) -> None:
+        if self.behind:
+            self._news.set()
+        elif len(self._mailbox) >= MAILBOX:
+            self._mailbox.clear()
+            self.behind = True
+            self._news.set()
+        else:
+            self._mailbox.append(event)
+            self._news.set()
+
+    def fail(self, error: PerdureError) -> None:
+        self._error = error
+        self._news.set()
+
+    async def next(self) -> RecordedEvent | None:
+        """Return the next event; None when some were dropped."""
+        while not self._mailbox:
+            if self.behind:
+                return None
+            if self._error is not None:
+                raise self._error
+            self._news.clear()
+            await self._news.wait()
+        return self._mailbox.popleft()

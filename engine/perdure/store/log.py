@@ -1,0 +1,270 @@
+"""The only writer of events: one thread, one connection, group commit.
+
+Callers put a piece of work into a queue and await it; the thread takes all that is waiting and does
+it in one transaction, so that an fsync is shared by everyone who waits and load makes the
+transactions larger, not the latency worse. Work that fails on its own account (a stream that moved,
+a transition that isn't allowed) fails alone; the others commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+from sqlalchemy.exc import IntegrityError
+
+from perdure.errors import DatabaseCorrupt, EngineClosed, PerdureError, StoreError
+from perdure.events import Event, RecordedEvent
+from perdure.store.database import Database, Writer
+from perdure.store.feed import Feed
+from perdure.store.transaction import FoldCache, Transaction
+
+__all__ = ["EventLog", "Work"]
+
+T = TypeVar("T")
+Work = Callable[[Transaction], T]
+
+# A look costs some microseconds; readers in this process learn of other processes' commits by it.
+POLL_SECONDS: Final = 0.01
+MAX_BATCH: Final = 1000
+# SQLite's busy handler polls: without a gap, a busy process starves the others.
+FAIR_PAUSE_SECONDS: Final = 0.003
+FAIR_FOR_SECONDS: Final = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class _Request(Generic[T]):
+    work: Work[T]
+    streams: Sequence[str]
+    alone: bool
+    future: asyncio.Future[tuple[T, int]]
+
+
+_Reply = tuple[_Request[Any], Any, PerdureError | BaseException | None]
+
+
+class EventLog:
+    """The log of one database, as one process writes and follows it.
+
+    Attributes:
+        feed: Who follows it on this event loop.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.feed = Feed(database)
+        self._database = database
+        self._queue: queue.SimpleQueue[_Request[Any] | None] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    async def open(self) -> None:
+        """Start the writer thread.
+
+        Raises:
+            StoreError: The database can't be opened.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.feed.on_active = lambda: self._queue.put(_NUDGE)
+        started: asyncio.Future[int] = self._loop.create_future()
+        self._thread = threading.Thread(
+            target=self._run, args=(started,), name="perdure-writer", daemon=True
+        )
+        self._thread.start()
+        self.feed.start(await started)
+
+    async def append(self, task_id: str, events: Sequence[Event], expected: int | None) -> int:
+        """Append events to a stream and return its new version, once they are committed.
+
+        Args:
+            task_id: The stream.
+            events: What happened; all of it is written, or nothing.
+            expected: The version the stream must be at; 0 for a new one; None for any, as long as
+                the events may follow what is there.
+
+        Raises:
+            ConcurrencyError: The stream is at another version.
+            DuplicateKey: Another task has the new task's key.
+            InvalidTransition: The events can't follow.
+            StoreError: The database can't do it; nothing was written.
+        """
+        return await self.write(lambda tx: tx.append(task_id, events, expected), (task_id,))
+
+    async def write(self, work: Work[T], streams: Sequence[str] = (), *, alone: bool = False) -> T:
+        """Do ``work`` in the writer's next transaction and return its result after the commit.
+
+        Args:
+            work: Called in the writer thread. It may fail with a `PerdureError` as long as it has
+                changed nothing by then.
+            streams: The streams it will append to, so that they are looked up in one go.
+            alone: Give it a transaction of its own, for work that takes long.
+        """
+        result, _position = await self.write_at(work, streams, alone=alone)
+        return result
+
+    async def write_at(
+        self, work: Work[T], streams: Sequence[str] = (), *, alone: bool = False
+    ) -> tuple[T, int]:
+        """Do as `write` and return the log's head after that commit as well."""
+        if self._closed or self._loop is None:
+            raise EngineClosed("the log is closed: nothing can be written any more")
+        future: asyncio.Future[tuple[T, int]] = self._loop.create_future()
+        self._queue.put(_Request(work, streams, alone, future))
+        return await future
+
+    async def close(self) -> None:
+        """Write what is waiting, then close the connection and end all readers."""
+        if self._closed:
+            return
+        self._closed = True
+        self.feed.close()
+        self._queue.put(None)
+        thread = self._thread
+        if thread is not None:
+            await asyncio.get_running_loop().run_in_executor(None, thread.join)
+
+    # -- in the writer thread --------------------------------------------------------------------
+
+    def _run(self, started: asyncio.Future[int]) -> None:
+        try:
+            writer = self._database.writer()
+        except BaseException as error:  # noqa: BLE001 - whoever opens the log is told
+            self._call(_fail, started, error)
+            return
+        cache = FoldCache()
+        try:
+            try:
+                with writer.transaction() as connection:
+                    head, _none = Transaction(connection, cache, writer.now()).flush()
+            except BaseException as error:  # noqa: BLE001 - whoever opens the log is told
+                self._call(_fail, started, error)
+                return
+            self._call(_succeed, started, head)
+            self._serve(writer, cache)
+        finally:
+            writer.close()
+
+    def _serve(self, writer: Writer, cache: FoldCache) -> None:
+        others_until = 0.0
+        open_ = True
+        while open_:
+            batch, open_ = self._next_batch()
+            if batch:
+                self._commit(writer, cache, batch)
+                # A failing checkpoint is tried again; the commit before it is durable all the same.
+                with contextlib.suppress(StoreError):
+                    writer.checkpoint_if_due()
+            if writer.others_committed():
+                self._call(self.feed.others_committed)
+                others_until = time.monotonic() + FAIR_FOR_SECONDS
+            if batch and time.monotonic() < others_until:
+                time.sleep(FAIR_PAUSE_SECONDS)
+
+    def _next_batch(self) -> tuple[list[_Request[Any]], bool]:
+        """Wait for work and take all there is; False with it when the log is being closed."""
+        batch: list[_Request[Any]] = []
+        try:
+            request = self._queue.get(timeout=POLL_SECONDS if self.feed.active else None)
+            while True:
+                if request is None:
+                    return batch, False
+                if request is not _NUDGE:
+                    batch.append(request)
+                if len(batch) >= MAX_BATCH:
+                    return batch, True
+                request = self._queue.get_nowait()
+        except queue.Empty:
+            return batch, True
+
+    def _commit(self, writer: Writer, cache: FoldCache, batch: list[_Request[Any]]) -> None:
+        together = [request for request in batch if not request.alone]
+        if together:
+            self._commit_together(writer, cache, together)
+        for request in batch:
+            if request.alone:
+                self._commit_together(writer, cache, [request])
+
+    def _commit_together(
+        self, writer: Writer, cache: FoldCache, batch: list[_Request[Any]]
+    ) -> None:
+        transaction: Transaction | None = None
+        try:
+            with writer.transaction() as connection:
+                transaction = Transaction(connection, cache, writer.now())
+                transaction.prefetch(_all_streams(batch))
+                replies = [_attempt(request, transaction) for request in batch]
+                head, written = transaction.flush()
+        except BaseException as error:  # noqa: BLE001 - every caller is told
+            if transaction is not None:
+                cache.drop(transaction.touched)
+            if len(batch) > 1 and not isinstance(error, StoreError):
+                # One of them broke the transaction for all: find out which.
+                for request in batch:
+                    self._commit_together(writer, cache, [request])
+                return
+            if isinstance(error, IntegrityError):
+                error = DatabaseCorrupt(
+                    f"the database refused a write ({error.orig}): run `perdure verify`"
+                )
+            failed: list[_Reply] = [(request, None, error) for request in batch]
+            self._call(self._deliver, failed, [], 0)
+            return
+        for task_id in transaction.touched:
+            fold = transaction.fold(task_id)
+            if fold is not None:
+                cache.put(fold)
+        self._call(self._deliver, replies, written, head)
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        """Call ``function`` on the event loop, if that still runs."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(function, *args)
+
+    # -- back on the event loop ------------------------------------------------------------------
+
+    def _deliver(self, replies: list[_Reply], written: list[RecordedEvent], head: int) -> None:
+        if written:
+            self.feed.publish(written, written[0].position, head)
+        for request, result, error in replies:
+            if error is not None:
+                _fail(request.future, error)
+            else:
+                _succeed(request.future, (result, head))
+
+
+def _attempt(request: _Request[Any], transaction: Transaction) -> _Reply:
+    try:
+        return request, request.work(transaction), None
+    except StoreError:
+        raise
+    except PerdureError as error:
+        return request, None, error
+
+
+def _all_streams(batch: Iterable[_Request[Any]]) -> list[str]:
+    return [task_id for request in batch for task_id in request.streams]
+
+
+def _succeed(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _nothing(_transaction: Transaction) -> None:
+    return None
+
+
+# Wakes the writer thread so that it begins to look for others' commits.
+_NUDGE: Final[_Request[Any]] = _Request(_nothing, (), alone=False, future=None)  # type: ignore[arg-type]

@@ -1,0 +1,149 @@
+"""From events to rows of `tasks`: one fold, used live by the writer and again by `rebuild`.
+
+A row is a function of the task's events and of nothing else, so it can be thrown away at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from perdure.events import Chunk, Event, Redacted, Running, Submitted, canonical
+from perdure.lifecycle import TaskState, evolve
+from perdure.task import TaskStatus
+
+__all__ = ["TaskFold"]
+
+Row = dict[str, Any]
+
+
+class TaskFold:
+    """A task's events, folded so far.
+
+    Attributes:
+        task_id: The stream.
+        stream_id: Its key; 0 until the stream is stored.
+        state: Where the task stands.
+    """
+
+    __slots__ = ("_fixed", "_text", "state", "stream_id", "task_id")
+
+    def __init__(self, task_id: str, stream_id: int = 0) -> None:
+        self.task_id = task_id
+        self.stream_id = stream_id
+        self.state: TaskState | None = None
+        self._text: list[str] = []
+        self._fixed: Row | None = None
+
+    @property
+    def version(self) -> int:
+        """The version folded so far; 0 for none."""
+        return 0 if self.state is None else self.state.version
+
+    @property
+    def text(self) -> str:
+        """The output so far."""
+        if len(self._text) > 1:
+            self._text = ["".join(self._text)]
+        return self._text[0] if self._text else ""
+
+    def apply(self, events: Iterable[Event], at: datetime) -> TaskState:
+        """Fold in what was recorded at ``at``, all of it or, on an error, nothing.
+
+        Raises:
+            InvalidTransition: One of the events can't follow.
+        """
+        events = tuple(events)
+        state = self.state
+        for event in events:
+            state = evolve(state, event, at)
+        if state is None:
+            raise ValueError("there is nothing to fold")
+        self.state = state
+        for event in events:
+            self._keep(event)
+        return state
+
+    def _keep(self, event: Event) -> None:
+        if isinstance(event, Chunk):
+            if event.kind == "text":
+                self._text.append(event.text)
+        elif isinstance(event, Running):
+            if event.mode == "restart":
+                self._text.clear()
+        elif isinstance(event, Submitted):
+            self._fixed = _fixed_columns(event)
+        elif isinstance(event, Redacted):
+            self._text.clear()
+
+    def new_row(self) -> Row:
+        """Return all columns, for a task that has no row yet.
+
+        Only where the fold began with the task's first event; the fixed part is given away once,
+        so that a cache of folds doesn't keep every prompt.
+        """
+        if self._fixed is None:
+            raise ValueError(f"{self.task_id}: the fixed columns are known only to the first row")
+        row = {"task_id": self.task_id, **self._fixed, **self.changing_columns()}
+        self._fixed = None
+        if self.state is not None and self.state.redacted:
+            row.update(REDACTED_COLUMNS)
+        return row
+
+    def changing_columns(self) -> Row:
+        """Return the columns that events after the first change."""
+        state = self.state
+        if state is None:
+            raise ValueError(f"{self.task_id}: nothing was folded yet")
+        usage = state.total_usage
+        text = None if state.redacted else self.text
+        unsuccessful = state.status in (TaskStatus.FAILED, TaskStatus.CANCELLED)
+        return {
+            "stream_id": self.stream_id,
+            "status": state.status.value,
+            "platform": state.platform,
+            "model": state.model,
+            "attempts": state.attempt,
+            "worker": state.worker,
+            "available_at": state.available_at,
+            "cancel_requested": state.cancel is not None,
+            "output": text if state.status is TaskStatus.COMPLETED else None,
+            "partial_output": text if unsuccessful else None,
+            "finish_reason": state.finish_reason,
+            "error_class": state.error_class,
+            "error": state.error,
+            "input_tokens": usage.input_tokens,
+            "output_tokens": usage.output_tokens,
+            "cache_read_tokens": usage.cache_read_tokens,
+            "cache_write_tokens": usage.cache_write_tokens,
+            "reasoning_tokens": usage.reasoning_tokens,
+            "cost_usd": state.total_cost,
+            "submitted_at": state.submitted_at,
+            "started_at": state.started_at,
+            "ended_at": state.ended_at,
+            "files_created": canonical(list(state.files)).decode() if state.files else None,
+        }
+
+
+# What a redaction takes out of a row, beside the output.
+REDACTED_COLUMNS: Row = {"prompt": None, "labels": "{}"}
+
+
+def _fixed_columns(event: Submitted) -> Row:
+    task = event.task
+    parents: Sequence[str] = task.get("parents") or ()
+    messages = task.get("messages")
+    return {
+        "type": task.get("type"),
+        "priority": task.get("priority", 5),
+        "prompt": messages[-1].get("content") if messages else task.get("prompt"),
+        "batch": task.get("batch"),
+        "key": task.get("key"),
+        "fingerprint": task.get("fingerprint"),
+        "parent": parents[0] if parents else None,
+        "retry_of": task.get("retry_of"),
+        "labels": orjson.dumps(task.get("labels") or {}, option=orjson.OPT_SORT_KEYS).decode(),
+    }

@@ -1,0 +1,209 @@
+"""Reading tasks: one row, lists of rows, and the task as it was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+import orjson
+import sqlalchemy as sa
+
+from perdure.errors import TaskNotFound
+from perdure.events import RecordedEvent, Submitted
+from perdure.store.claims import load_blobs
+from perdure.store.content import blob_digests, restore
+from perdure.store.database import Database
+from perdure.store.feed import SELECT_EVENTS, recorded
+from perdure.store.schema import events, streams, tasks
+from perdure.task import Task, TaskStatus, Usage
+
+__all__ = ["TaskFilter", "TaskRecord", "find_task", "find_tasks", "read_events", "read_task"]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """A row of `tasks`; the fields mean what the columns of that name mean."""
+
+    stream_id: int
+    task_id: str
+    status: TaskStatus
+    platform: str
+    model: str | None
+    type: str | None
+    priority: int
+    attempts: int
+    worker: str | None
+    available_at: datetime
+    cancel_requested: bool
+    prompt: str | None
+    output: str | None
+    partial_output: str | None
+    finish_reason: str | None
+    error_class: str | None
+    error: str | None
+    usage: Usage
+    cost_usd: float | None
+    submitted_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    batch: str | None
+    key: str | None
+    fingerprint: str | None
+    parent: str | None
+    retry_of: str | None
+    labels: Mapping[str, str]
+    files_created: tuple[str, ...]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> TaskRecord:
+        """Make a record of a whole row."""
+        data = dict(row)
+        usage = Usage(
+            **{name: data.pop(name) for name in Usage.model_fields if name.endswith("_tokens")}
+        )
+        files = data.pop("files_created")
+        return cls(
+            **{
+                **data,
+                "status": TaskStatus(data["status"]),
+                "cancel_requested": bool(data["cancel_requested"]),
+                "usage": usage,
+                "labels": orjson.loads(data["labels"]),
+                "files_created": tuple(orjson.loads(files)) if files else (),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFilter:
+    """Which tasks to list; everything left out is no restriction.
+
+    Attributes:
+        statuses: Any of these.
+        platform: That platform.
+        batch: That batch.
+        labels: All of these labels, with these values.
+        since: Submitted at that time or later.
+        until: Submitted before that time.
+        search: In prompts or outputs, upper and lower case alike.
+        task_ids: Any of these.
+        latest: Leave out tasks that were run again.
+    """
+
+    statuses: tuple[TaskStatus, ...] = ()
+    platform: str | None = None
+    batch: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    since: datetime | None = None
+    until: datetime | None = None
+    search: str | None = None
+    task_ids: tuple[str, ...] = ()
+    latest: bool = False
+
+    def conditions(self) -> list[sa.ColumnElement[bool]]:
+        """Return the filter as SQL."""
+        t = tasks.c
+        found: list[sa.ColumnElement[bool]] = []
+        if self.statuses:
+            found.append(t.status.in_([status.value for status in self.statuses]))
+        if self.platform is not None:
+            found.append(t.platform == self.platform)
+        if self.batch is not None:
+            found.append(t.batch == self.batch)
+        if self.since is not None:
+            found.append(t.submitted_at >= self.since)
+        if self.until is not None:
+            found.append(t.submitted_at < self.until)
+        if self.task_ids:
+            found.append(t.task_id.in_(self.task_ids))
+        if self.search:
+            found.append(
+                sa.or_(
+                    *(
+                        column.icontains(self.search, autoescape=True)
+                        for column in (t.prompt, t.output, t.partial_output)
+                    )
+                )
+            )
+        for name, value in self.labels.items():
+            found.append(_label(name) == value)
+        if self.latest:
+            again = tasks.alias("again")
+            found.append(~sa.exists().where(again.c.retry_of == t.task_id))
+        return found
+
+
+def _label(name: str) -> sa.ColumnElement[Any]:
+    # The one JSON path both databases understand by way of SQLAlchemy.
+    return sa.type_coerce(tasks.c.labels, sa.JSON)[name].as_string()
+
+
+_ALL: Final = sa.select(tasks)
+
+
+async def find_task(database: Database, task_id: str) -> TaskRecord | None:
+    """Return a task's row; None where there is none."""
+    rows = await database.rows(_ALL.where(tasks.c.task_id == task_id))
+    return TaskRecord.of(rows[0]) if rows else None
+
+
+async def find_tasks(
+    database: Database,
+    which: TaskFilter,
+    *,
+    limit: int | None = None,
+    newest_first: bool = True,
+) -> list[TaskRecord]:
+    """Return rows by the order of submission."""
+    order = tasks.c.stream_id.desc() if newest_first else tasks.c.stream_id
+    statement = _ALL.where(*which.conditions()).order_by(order)
+    if limit is not None:
+        statement = statement.limit(limit)
+    return [TaskRecord.of(row) for row in await database.rows(statement)]
+
+
+async def each_task(database: Database, which: TaskFilter) -> AsyncGenerator[TaskRecord, None]:
+    """Yield rows in the order of submission, however many there are, in constant memory."""
+    async for page in database.pages(_ALL.where(*which.conditions()), tasks.c.stream_id):
+        for row in page:
+            yield TaskRecord.of(row)
+
+
+async def read_task(database: Database, task_id: str) -> Task:
+    """Return the task as it was submitted, its long texts in place.
+
+    Raises:
+        TaskNotFound: There is none.
+    """
+    first = await _first_event(database, task_id)
+    needed = sorted(blob_digests(first.task, first.blobs))
+    content = await load_blobs(database, needed) if needed else {}
+    if first.task.get("prompt") or first.task.get("messages"):
+        task = restore(first.task, first.blobs, content)
+    else:  # its content was redacted: what is left is shown with a note in the prompt's place
+        task = restore({**first.task, "prompt": "[redacted]"}, first.blobs, content)
+    return task.model_copy(update={"task_id": task_id})
+
+
+async def _first_event(database: Database, task_id: str) -> Submitted:
+    rows = await database.rows(
+        SELECT_EVENTS.where(streams.c.task_id == task_id, events.c.version == 1)
+    )
+    if not rows:
+        raise TaskNotFound(task_id)
+    event = recorded(rows[0]).event
+    if not isinstance(event, Submitted):
+        raise TaskNotFound(task_id)
+    return event
+
+
+async def read_events(database: Database, task_id: str, after: int = 0) -> list[RecordedEvent]:
+    """Return a stream's events after version ``after``."""
+    rows = await database.rows(
+        SELECT_EVENTS.where(streams.c.task_id == task_id, events.c.version > after).order_by(
+            events.c.version
+        )
+    )
+    return [recorded(row) for row in rows]

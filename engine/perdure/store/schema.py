@@ -1,0 +1,219 @@
+"""The tables as SQLAlchemy Core sees them.
+
+Names of tables, views and columns are a public contract: people's SQL depends on them. What creates
+and changes them in a database is `perdure_migrations`, which also holds the views and triggers; a
+test keeps the two equal.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Dialect,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from perdure.events import ENDINGS
+
+__all__ = [
+    "APPLICATION_ID",
+    "REVISION",
+    "VIEWS",
+    "blobs",
+    "events",
+    "log_head",
+    "metadata",
+    "streams",
+    "tasks",
+    "workers",
+]
+
+# The migration this code is written for. A constant, since asking alembic costs most of a second.
+REVISION: Final = "0001"
+
+# "perd", in the header of every SQLite file that is ours.
+APPLICATION_ID: Final = 0x70657264
+
+VIEWS: Final = ("attempts", "batches", "task_events", "task_output", "usage_daily")
+
+
+class Timestamp(TypeDecorator[datetime]):
+    """A moment in UTC: `timestamptz` on PostgreSQL, ISO 8601 text ending in Z on SQLite."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Choose the database's own type."""
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(TIMESTAMP(timezone=True))
+        return dialect.type_descriptor(Text())
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:  # noqa: ANN401
+        """Turn a moment into what is stored."""
+        if value is None or dialect.name == "postgresql":
+            return value
+        return iso(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ANN401
+        """Turn what is stored into a moment."""
+        return datetime.fromisoformat(value) if isinstance(value, str) else value
+
+
+def iso(moment: datetime) -> str:
+    """Return ``moment`` as `2026-11-22T13:05:00.123456Z`, which sorts as text."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")[:26] + "Z"
+
+
+class CanonicalJson(TypeDecorator[str]):
+    """JSON that we encoded ourselves, as text: encoded once, stored and hashed as it is."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Choose the database's own type."""
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(JSONB())
+        return dialect.type_descriptor(Text())
+
+
+_BigInt: Final = BigInteger().with_variant(Integer, "sqlite")
+
+metadata: Final = MetaData(
+    naming_convention={
+        "ix": "%(table_name)s_%(column_0_name)s",
+        "uq": "%(table_name)s_%(column_0_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "pk": "%(table_name)s_pkey",
+    }
+)
+
+log_head: Final = Table(
+    "log_head",
+    metadata,
+    Column("id", Integer, CheckConstraint("id = 1", name="one_row"), primary_key=True),
+    Column("position", _BigInt, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+)
+
+streams: Final = Table(
+    "streams",
+    metadata,
+    # The position of the stream's first event: unique and ascending without a counter of its own.
+    Column("stream_id", _BigInt, primary_key=True, autoincrement=False),
+    Column("task_id", Text, nullable=False, unique=True),
+    Column("version", Integer, nullable=False),
+)
+
+events: Final = Table(
+    "events",
+    metadata,
+    Column("position", _BigInt, primary_key=True, autoincrement=False),
+    Column("stream_id", _BigInt, ForeignKey("streams.stream_id"), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("schema_version", Integer, nullable=False),
+    Column("data", CanonicalJson, nullable=False),
+    Column("recorded_at", Timestamp, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    UniqueConstraint("stream_id", "version", name="events_stream_version_key"),
+)
+_ENDED = text("type IN ({})".format(", ".join(f"'{name}'" for name in ENDINGS)))
+Index(
+    "events_one_ending",
+    events.c.stream_id,
+    unique=True,
+    sqlite_where=_ENDED,
+    postgresql_where=_ENDED,
+)
+
+tasks: Final = Table(
+    "tasks",
+    metadata,
+    Column(
+        "stream_id", _BigInt, ForeignKey("streams.stream_id"), primary_key=True, autoincrement=False
+    ),
+    Column("task_id", Text, nullable=False, unique=True),
+    Column("status", Text, nullable=False),
+    Column("platform", Text, nullable=False),
+    Column("model", Text),
+    Column("type", Text),
+    Column("priority", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("worker", Text),
+    Column("available_at", Timestamp, nullable=False),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("prompt", Text),
+    Column("output", Text),
+    Column("partial_output", Text),
+    Column("finish_reason", Text),
+    Column("error_class", Text),
+    Column("error", Text),
+    Column("input_tokens", _BigInt),
+    Column("output_tokens", _BigInt),
+    Column("cache_read_tokens", _BigInt),
+    Column("cache_write_tokens", _BigInt),
+    Column("reasoning_tokens", _BigInt),
+    Column("cost_usd", Double),
+    Column("submitted_at", Timestamp, nullable=False),
+    Column("started_at", Timestamp),
+    Column("ended_at", Timestamp),
+    Column("batch", Text),
+    Column("key", Text, unique=True),
+    Column("fingerprint", Text),
+    Column("parent", Text),
+    Column("retry_of", Text),
+    Column("labels", CanonicalJson, nullable=False),
+    Column("files_created", CanonicalJson),
+)
+
+
+def _partial(name: str, condition: str, *columns: str) -> None:
+    where = text(condition)
+    Index(name, *(tasks.c[c] for c in columns), sqlite_where=where, postgresql_where=where)
+
+
+# Each serves one question: what is due, who runs what, what is in a batch, what went wrong, what
+# was run again. Finished tasks, most of all, are in none of the first two.
+_partial("tasks_due", "status = 'pending'", "priority", "stream_id")
+_partial("tasks_running", "status = 'running'", "worker")
+_partial("tasks_batch", "batch IS NOT NULL", "batch", "status")
+_partial("tasks_unsuccessful", "status IN ('failed', 'cancelled')", "stream_id")
+_partial("tasks_retry_of", "retry_of IS NOT NULL", "retry_of")
+
+blobs: Final = Table(
+    "blobs",
+    metadata,
+    Column("digest", Text, primary_key=True),
+    Column("size", _BigInt, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)
+
+workers: Final = Table(
+    "workers",
+    metadata,
+    Column("worker_id", Text, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("started_at", Timestamp, nullable=False),
+    Column("heartbeat_at", Timestamp, nullable=False),
+)

@@ -1,0 +1,375 @@
+"""One write transaction over the log: stage appends, then write them all at once.
+
+`append` decides at once whether an event may be written, against the stream as it is inside this
+transaction; `flush` writes what was accepted with a handful of statements, however many appends
+there were. Taking the counter row (`log_head`) comes as late as possible, since everyone waits for
+it where several processes write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from perdure.errors import ConcurrencyError, DatabaseCorrupt, DuplicateKey
+from perdure.events import (
+    Chunk,
+    EncodedEvent,
+    Event,
+    RecordedEvent,
+    Submitted,
+    chain_digest,
+    decode,
+    encode,
+)
+from perdure.store.projection import TaskFold
+from perdure.store.schema import blobs, events, log_head, streams, tasks
+
+__all__ = ["FoldCache", "Transaction", "chunks_of"]
+
+# Well below the number of parameters a statement may have on any supported SQLite.
+IN_LIMIT: Final = 500
+
+_INSERT_STREAM: Final = sa.insert(streams)
+_INSERT_EVENT: Final = sa.insert(events)
+_INSERT_TASK: Final = sa.insert(tasks)
+_INSERT_BLOB: Final = sa.insert(blobs)
+_SET_VERSION: Final = (
+    sa.update(streams)
+    .where(streams.c.stream_id == sa.bindparam("of_stream"))
+    .values(version=sa.bindparam("to_version"))
+)
+_CHANGING: Final = tuple(
+    name
+    for name in tasks.c.keys()  # noqa: SIM118 - columns, not a dict
+    if name
+    not in {"stream_id", "task_id", "type", "priority", "prompt", "batch", "key", "fingerprint"}
+    and name not in {"parent", "retry_of", "labels", "submitted_at"}
+)
+_UPDATE_TASK: Final = (
+    sa.update(tasks)
+    .where(tasks.c.stream_id == sa.bindparam("of_stream"))
+    .values({name: sa.bindparam(f"new_{name}") for name in _CHANGING})
+)
+_FORGET_CONTENT: Final = (
+    sa.update(tasks)
+    .where(tasks.c.stream_id == sa.bindparam("of_stream"))
+    .values(prompt=None, labels="{}")
+)
+_STREAM_EVENTS: Final = (
+    sa.select(
+        events.c.version,
+        events.c.type,
+        events.c.schema_version,
+        events.c.data,
+        events.c.recorded_at,
+    )
+    .where(
+        events.c.stream_id == sa.bindparam("of_stream"), events.c.version > sa.bindparam("after")
+    )
+    .order_by(events.c.version)
+)
+
+
+def chunks_of(items: Iterable[str], size: int = IN_LIMIT) -> Iterator[list[str]]:
+    """Yield ``items`` in lists of at most ``size``."""
+    part: list[str] = []
+    for item in items:
+        part.append(item)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+class FoldCache:
+    """Folds of the streams written to last, so that most appends read nothing.
+
+    A fold is used only where its version is still the stream's, so another process's write is
+    always noticed.
+    """
+
+    def __init__(self, size: int = 4096) -> None:
+        self._size = size
+        self._folds: OrderedDict[str, TaskFold] = OrderedDict()
+
+    def get(self, task_id: str) -> TaskFold | None:
+        """Return the fold of a stream, if it is kept."""
+        return self._folds.get(task_id)
+
+    def put(self, fold: TaskFold) -> None:
+        """Keep a fold, but for an ended task's, which nobody needs any more."""
+        if fold.state is None or fold.state.status.ended:
+            self._folds.pop(fold.task_id, None)
+            return
+        self._folds[fold.task_id] = fold
+        self._folds.move_to_end(fold.task_id)
+        while len(self._folds) > self._size:
+            self._folds.popitem(last=False)
+
+    def drop(self, task_ids: Iterable[str]) -> None:
+        """Forget folds that may hold what was never committed."""
+        for task_id in task_ids:
+            self._folds.pop(task_id, None)
+
+
+@dataclass(slots=True)
+class _Staged:
+    fold: TaskFold
+    first_version: int
+    events: list[tuple[Event, EncodedEvent]] = field(
+        default_factory=list[tuple[Event, EncodedEvent]]
+    )
+    new: bool = False
+    row_changed: bool = False
+
+
+class Transaction:
+    """What is being written together.
+
+    Attributes:
+        connection: For statements beside the log, in the same transaction.
+        at: The moment that is recorded.
+    """
+
+    def __init__(self, connection: Connection, cache: FoldCache, at: datetime) -> None:
+        self.connection = connection
+        self.at = at
+        self._cache = cache
+        self._versions: dict[str, tuple[int, int] | None] = {}
+        self._staged: dict[str, _Staged] = {}
+        self._keys: dict[str, str] = {}
+        self._free_keys: set[str] = set()
+        self._blobs: dict[str, bytes] = {}
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def prefetch(self, task_ids: Iterable[str]) -> None:
+        """Look up (and on PostgreSQL lock) these streams in one go, in an order all agree on."""
+        wanted = sorted({task_id for task_id in task_ids if task_id not in self._versions})
+        for part in chunks_of(wanted):
+            self._versions.update(dict.fromkeys(part))
+            rows = self.connection.execute(
+                sa.select(streams.c.task_id, streams.c.stream_id, streams.c.version)
+                .where(streams.c.task_id.in_(part))
+                .order_by(streams.c.task_id)
+                .with_for_update()
+            )
+            for task_id, stream_id, version in rows:
+                self._versions[task_id] = (stream_id, version)
+
+    def fold(self, task_id: str) -> TaskFold | None:
+        """Return the stream as it is now in this transaction; None where there is none."""
+        staged = self._staged.get(task_id)
+        if staged is not None:
+            return staged.fold
+        if task_id not in self._versions:
+            self.prefetch((task_id,))
+        found = self._versions[task_id]
+        if found is None:
+            return None
+        stream_id, version = found
+        fold = self._cache.get(task_id)
+        if fold is None or fold.version > version:
+            fold = TaskFold(task_id, stream_id)
+        if fold.version < version:
+            self._load(fold)
+        if fold.version != version:
+            raise DatabaseCorrupt(
+                f"{task_id} should be at version {version}, its events end at {fold.version}: "
+                "run `perdure verify`"
+            )
+        return fold
+
+    def _load(self, fold: TaskFold) -> None:
+        # Forgotten first: were something unreadable half way, the fold would be of no version.
+        self._cache.drop((fold.task_id,))
+        rows = self.connection.execute(
+            _STREAM_EVENTS, {"of_stream": fold.stream_id, "after": fold.version}
+        )
+        for row in rows:
+            fold.apply((decode(row.type, row.schema_version, row.data),), row.recorded_at)
+
+    # -- staging ---------------------------------------------------------------------------------
+
+    def append(self, task_id: str, new: Sequence[Event], expected: int | None) -> int:
+        """Accept events for a stream, all of them or none; returns the version after them.
+
+        Args:
+            task_id: The stream.
+            new: What happened.
+            expected: The version the stream must be at; 0 for a new one; None for any, as long as
+                the events may follow what is there.
+
+        Raises:
+            ConcurrencyError: The stream is at another version.
+            DuplicateKey: Another task has the new task's key.
+            InvalidTransition: The events can't follow.
+        """
+        fold = self.fold(task_id)
+        actual = 0 if fold is None else fold.version
+        if expected is not None and actual != expected:
+            raise ConcurrencyError(task_id, expected, actual)
+        if fold is None:
+            fold = TaskFold(task_id)
+        encoded = [(event, encode(event)) for event in new]
+        if actual == 0 and new and isinstance(new[0], Submitted):
+            self._claim_key(new[0].task.get("key"), task_id)
+        fold.apply(new, self.at)
+        staged = self._staged.get(task_id)
+        if staged is None:
+            staged = self._staged[task_id] = _Staged(fold, actual + 1, new=actual == 0)
+        staged.events.extend(encoded)
+        # A chunk changes no row: it only moves its stream on.
+        staged.row_changed = staged.row_changed or any(type(event) is not Chunk for event in new)
+        return fold.version
+
+    def known_keys(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return key -> task id, for those keys that some task has."""
+        found: dict[str, str] = {}
+        for part in chunks_of(keys):
+            found.update((key, self._keys[key]) for key in part if key in self._keys)
+            rows = self.connection.execute(
+                sa.select(tasks.c.key, tasks.c.task_id).where(tasks.c.key.in_(part))
+            )
+            found.update((key, task_id) for key, task_id in rows)
+        return found
+
+    def prefetch_keys(self, keys: Iterable[str]) -> None:
+        """Look up in one go which of these keys are taken."""
+        for part in chunks_of(keys):
+            self._free_keys.update(part)
+            taken = self.known_keys(part)
+            self._keys.update(taken)
+            self._free_keys.difference_update(taken)
+
+    def _claim_key(self, key: str | None, task_id: str) -> None:
+        if key is None:
+            return
+        if key not in self._keys and key not in self._free_keys:
+            self.prefetch_keys((key,))
+        if key in self._keys:
+            raise DuplicateKey(key, self._keys[key])
+        self._keys[key] = task_id
+
+    def put_blobs(self, new: Mapping[str, bytes]) -> None:
+        """Store content by its digest, once."""
+        self._blobs.update(new)
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """The streams that were appended to."""
+        return tuple(self._staged)
+
+    def flush(self) -> tuple[int, list[RecordedEvent]]:
+        """Write everything; returns the log's new head and what was written, in order."""
+        self._flush_blobs()
+        if not self._staged:
+            return self._head()[0], []
+        position, digest = self._head()
+        stream_rows: list[dict[str, Any]] = []
+        event_rows: list[dict[str, Any]] = []
+        written: list[RecordedEvent] = []
+        for task_id, staged in self._staged.items():
+            fold = staged.fold
+            if staged.new:
+                fold.stream_id = position + 1
+                stream_rows.append(
+                    {"stream_id": fold.stream_id, "task_id": task_id, "version": fold.version}
+                )
+            version = staged.first_version
+            for event, stored in staged.events:
+                position += 1
+                digest = chain_digest(
+                    digest,
+                    position,
+                    task_id,
+                    version,
+                    stored.type,
+                    stored.schema_version,
+                    self.at,
+                    hashlib.sha256(stored.data).digest(),
+                )
+                event_rows.append(
+                    {
+                        "position": position,
+                        "stream_id": fold.stream_id,
+                        "version": version,
+                        "type": stored.type,
+                        "schema_version": stored.schema_version,
+                        "data": stored.data.decode(),
+                        "recorded_at": self.at,
+                        "digest": digest,
+                    }
+                )
+                written.append(RecordedEvent(position, task_id, version, event, self.at))
+                version += 1
+        execute = self.connection.execute
+        if stream_rows:
+            execute(_INSERT_STREAM, stream_rows)
+        execute(_INSERT_EVENT, event_rows)
+        self._flush_rows()
+        execute(sa.update(log_head).values(position=position, digest=digest))
+        return position, written
+
+    def _head(self) -> tuple[int, bytes]:
+        row = self.connection.execute(
+            sa.select(log_head.c.position, log_head.c.digest).with_for_update()
+        ).one_or_none()
+        if row is None:
+            raise DatabaseCorrupt("the log has lost its head row: restore a backup")
+        return int(row.position), bytes(row.digest)
+
+    def _flush_rows(self) -> None:
+        known: list[dict[str, Any]] = []
+        fresh: list[dict[str, Any]] = []
+        changed: list[dict[str, Any]] = []
+        forgotten: list[dict[str, Any]] = []
+        for staged in self._staged.values():
+            fold = staged.fold
+            if staged.new:
+                fresh.append(fold.new_row())
+                continue
+            known.append({"of_stream": fold.stream_id, "to_version": fold.version})
+            if not staged.row_changed:
+                continue
+            row = fold.changing_columns()
+            changed.append(
+                {"of_stream": fold.stream_id, **{f"new_{name}": row[name] for name in _CHANGING}}
+            )
+            if fold.state is not None and fold.state.redacted:
+                forgotten.append({"of_stream": fold.stream_id})
+        for statement, rows in (
+            (_SET_VERSION, known),
+            (_INSERT_TASK, fresh),
+            (_UPDATE_TASK, changed),
+            (_FORGET_CONTENT, forgotten),
+        ):
+            if rows:
+                self.connection.execute(statement, rows)
+
+    def _flush_blobs(self) -> None:
+        if not self._blobs:
+            return
+        known: set[str] = set()
+        for part in chunks_of(self._blobs):
+            known.update(
+                self.connection.scalars(sa.select(blobs.c.digest).where(blobs.c.digest.in_(part)))
+            )
+        rows = [
+            {"digest": digest, "size": len(data), "data": data}
+            for digest, data in self._blobs.items()
+            if digest not in known
+        ]
+        if rows:
+            self.connection.execute(_INSERT_BLOB, rows)

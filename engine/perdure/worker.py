@@ -1,0 +1,331 @@
+"""A worker: claims due tasks, runs their attempts, shows that it is alive, takes over from the dead.
+
+It keeps nothing that the database doesn't have: killed at any moment, another one goes on from the
+log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, Final
+
+from perdure.adapter import Call, LoadedFile, Resume
+from perdure.attempt import Attempt, Stop, Timing
+from perdure.errors import (
+    ConcurrencyError,
+    EngineClosed,
+    InvalidRequest,
+    PerdureError,
+    PlatformError,
+    StoreError,
+)
+from perdure.events import Event
+from perdure.lifecycle import TaskState
+from perdure.platforms import Platforms
+from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption
+from perdure.store import claims
+from perdure.store.claims import Claimed, Scope
+from perdure.store.content import blob_digests, restore
+from perdure.store.database import Database
+from perdure.store.log import EventLog
+from perdure.task import Attachment, Task
+
+__all__ = ["Worker", "WorkerSettings"]
+
+_logger: Final = logging.getLogger("perdure")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """How a worker works.
+
+    Attributes:
+        concurrency: Most attempts at the same time.
+        heartbeat_seconds: How often a worker shows that it is alive.
+        lease_seconds: A worker that hasn't shown itself for so long has lost its tasks. One whose
+            process on this host is gone has lost them at once.
+        poll_seconds: How often an idle worker looks for tasks of other processes.
+        retry: What happens after errors.
+        timing: How attempts are paced.
+    """
+
+    concurrency: int = 8
+    heartbeat_seconds: float = 5.0
+    lease_seconds: float = 30.0
+    poll_seconds: float = 0.5
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    timing: Timing = field(default_factory=Timing)
+
+
+class Worker:
+    """Runs tasks of one database in this process."""
+
+    def __init__(
+        self,
+        database: Database,
+        log: EventLog,
+        platforms: Platforms,
+        *,
+        scope: Scope | None = None,
+        settings: WorkerSettings | None = None,
+    ) -> None:
+        self.worker_id = f"worker_{secrets.token_hex(6)}"
+        self.settings = settings or WorkerSettings()
+        self._scope = scope or Scope()
+        self._database = database
+        self._log = log
+        self._platforms = platforms
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._attempts: dict[str, Attempt] = {}
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._registered = False
+        self._failure: PerdureError | None = None
+
+    # -- the face --------------------------------------------------------------------------------
+
+    @property
+    def scope(self) -> Scope:
+        """Which tasks it runs: those of its scope whose platform this process has."""
+        platforms = self._scope.platforms or self._platforms.names
+        return Scope(platforms, self._scope.batch, self._scope.task_ids)
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The tasks whose attempts run here now."""
+        return tuple(self._running)
+
+    def add_to_scope(self, task_id: str) -> None:
+        """Run this task too, where the scope names tasks."""
+        if self._scope.task_ids is not None:
+            self._scope = Scope(
+                self._scope.platforms, self._scope.batch, self._scope.task_ids | {task_id}
+            )
+        self.wake()
+
+    def wake(self) -> None:
+        """Look for due tasks now."""
+        self._wake.set()
+
+    def stop_claiming(self) -> None:
+        """Begin nothing new; what runs may finish."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(self, *, until_done: bool = False) -> None:
+        """Run tasks until `stop_claiming`, and then until what runs has ended.
+
+        Args:
+            until_done: End as soon as nothing in the scope is pending or running, in any process.
+
+        Raises:
+            StoreError: The database can't do its part any more.
+        """
+        if not self._registered:
+            self._registered = True
+            await self._log.write(lambda tx: claims.register_worker(tx, self.worker_id))
+        await self._recover()
+        beating = asyncio.create_task(self._beat())
+        try:
+            while not self._stopping and self._failure is None:
+                self._wake.clear()
+                began = await self._begin_due()
+                if until_done and not began and not self._running and await self._nothing_left():
+                    break
+                if not began or len(self._running) >= self.settings.concurrency:
+                    await self._sleep()
+            if self._running:
+                await asyncio.wait(set(self._running.values()))
+        finally:
+            beating.cancel()
+            await asyncio.wait({beating})
+        if self._failure is not None:
+            raise self._failure
+
+    async def cancel_running(self, why: Stop = Stop.HAND_BACK) -> None:
+        """Stop what runs here: hand it back to be run later, or write it down as cancelled."""
+        self.stop_claiming()
+        for attempt in tuple(self._attempts.values()):
+            attempt.stop(why)
+        running = set(self._running.values())
+        if running:
+            await asyncio.wait(running)
+
+    async def close(self) -> None:
+        """Hand back what runs, and sign off."""
+        await self.cancel_running()
+        if self._registered:
+            self._registered = False
+            with contextlib.suppress(StoreError, EngineClosed):
+                await self._log.write(lambda tx: claims.forget_worker(tx, self.worker_id))
+
+    # -- claiming --------------------------------------------------------------------------------
+
+    async def _begin_due(self) -> int:
+        free = self.settings.concurrency - len(self._running)
+        if free <= 0:
+            return 0
+        scope = self.scope
+        due = await claims.next_due(self._database, scope)
+        if due is None or due > datetime.now(UTC):
+            return 0
+        models = {name: a.default_model for name, a in self._platforms.made.items()}
+        claimed, head = await self._log.write_at(
+            lambda tx: claims.claim(tx, self.worker_id, free, scope, models)
+        )
+        for one in claimed:
+            running = asyncio.create_task(self._carry_out(one, head))
+            self._running[one.task_id] = running
+            running.add_done_callback(partial(self._ended, one.task_id))
+        return len(claimed)
+
+    def _ended(self, task_id: str, running: asyncio.Task[None]) -> None:
+        self._running.pop(task_id, None)
+        self._attempts.pop(task_id, None)
+        self._wake.set()
+        if running.cancelled():
+            return
+        error = running.exception()
+        if isinstance(error, PerdureError):
+            self._failure = self._failure or error
+        elif error is not None:
+            _logger.error("%s could not be run", task_id, exc_info=error)
+            self._failure = self._failure or StoreError(
+                f"{task_id} could not be run: {type(error).__name__}: {error}"
+            )
+
+    async def _sleep(self) -> None:
+        """Wait for news: something was submitted or has ended here, or others may have done so."""
+        wait = self.settings.poll_seconds
+        if len(self._running) < self.settings.concurrency:
+            due = await claims.next_due(self._database, self.scope)
+            if due is not None:
+                wait = min(wait, max(0.0, (due - datetime.now(UTC)).total_seconds()))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait):
+                await self._wake.wait()
+
+    async def _nothing_left(self) -> bool:
+        return await claims.unfinished(self._database, self.scope) == 0
+
+    # -- running ---------------------------------------------------------------------------------
+
+    async def _carry_out(self, claimed: Claimed, head: int) -> None:
+        try:
+            adapter = self._platforms.get(claimed.state.platform)
+            call = await self._call(claimed)
+        except PlatformError as error:
+            await self._fail_unstarted(claimed, error)
+            return
+        attempt = Attempt(
+            self._log,
+            adapter,
+            call,
+            claimed,
+            since=head,
+            retry=self.settings.retry,
+            timing=self.settings.timing,
+        )
+        self._attempts[claimed.task_id] = attempt
+        if self._stopping and self._failure is not None:
+            attempt.stop(Stop.HAND_BACK)
+        await attempt.run()
+
+    async def _call(self, claimed: Claimed) -> Call:
+        """Put together what the adapter gets: the task as it was given, and where to go on."""
+        submitted = claimed.submitted
+        needed = blob_digests(submitted.task, submitted.blobs)
+        content = await claims.load_blobs(self._database, sorted(needed)) if needed else {}
+        try:
+            task = restore(submitted.task, submitted.blobs, content)
+        except PerdureError as error:
+            raise InvalidRequest(f"the task can't be read any more: {error}") from None
+        return Call(
+            task=task.model_copy(update={"task_id": claimed.task_id}),
+            task_id=claimed.task_id,
+            attempt=claimed.state.attempt,
+            model=claimed.state.model,
+            files=_loaded(task, content),
+            resume=_resume(claimed),
+        )
+
+    async def _fail_unstarted(self, claimed: Claimed, error: PlatformError) -> None:
+        """Write down that the platform couldn't even be asked."""
+        event = after_failure(
+            claimed.state,
+            error,
+            max_attempts=1,
+            policy=self.settings.retry,
+            now=datetime.now(UTC),
+            chance=lambda: 0.0,
+            spent=Spent(),
+            output_length=claimed.state.length(),
+        )
+        try:
+            await self._log.append(claimed.task_id, (event,), claimed.state.version)
+        except ConcurrencyError:
+            # Someone asked for its cancellation meanwhile; whoever recovers it sees to that.
+            await self._log.write(partial(_recover_one, claimed, self.settings.retry))
+
+    # -- being alive -----------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        """Show that this worker is alive, and look for others that aren't."""
+        while True:
+            await asyncio.sleep(self.settings.heartbeat_seconds)
+            try:
+                await self._log.write(lambda tx: claims.beat(tx, self.worker_id))
+                if await self._recover():
+                    self._wake.set()
+            except (StoreError, EngineClosed) as error:
+                self._failure = self._failure or error
+                self._wake.set()
+                return
+
+    async def _recover(self) -> int:
+        """Take over what lost workers had; returns how many tasks that were."""
+        lease = timedelta(seconds=self.settings.lease_seconds)
+        recovered = 0
+        for lost in await claims.find_lost(self._database, lease, datetime.now(UTC)):
+            if lost == self.worker_id:
+                continue
+            decide = partial(after_interruption, policy=self.settings.retry)
+            while taken := await self._log.write(
+                lambda tx, lost=lost, decide=decide: claims.recover(tx, lost, decide)  # type: ignore[misc]
+            ):
+                recovered += taken
+        return recovered
+
+
+def _recover_one(claimed: Claimed, policy: RetryPolicy, tx: Any) -> None:  # noqa: ANN401
+    fold = tx.fold(claimed.task_id)
+    state: TaskState | None = None if fold is None else fold.state
+    if state is None or state.worker != claimed.state.worker or state.status.ended:
+        return
+    constraints: Mapping[str, Any] = claimed.submitted.task.get("constraints") or {}
+    events: Sequence[Event] = after_interruption(state, constraints, policy=policy)
+    tx.append(claimed.task_id, events, state.version)
+
+
+def _resume(claimed: Claimed) -> Resume | None:
+    before = claimed.previous
+    if before.next_mode == "reattach" and before.accepted is not None:
+        return Resume("reattach", claimed.output, before.accepted.response_id, before.cursor)
+    if before.next_mode == "continue":
+        return Resume("continue", claimed.output)
+    return None
+
+
+def _loaded(task: Task, content: Mapping[str, bytes]) -> tuple[LoadedFile, ...]:
+    return tuple(
+        LoadedFile(attached, content.get(attached.digest, b""))
+        for attached in task.files
+        if isinstance(attached, Attachment)
+    )

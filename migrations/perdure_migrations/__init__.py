@@ -1,0 +1,1 @@
+"""The database's schema, step by step; run by `perdure db upgrade` or on first use."""
