@@ -3,17 +3,17 @@
 An adapter turns one `Call` into events and keeps no state of its own about it::
 
     async def run(self, call):
-        yield Accepted(response_id="resp_1", model="m-1")     # as soon as the platform names it
-        yield Chunk(text="Hel")                                # offsets are the engine's business
+        yield Accepted(response_id="resp_1", model="m-1")  # as soon as the platform names it
+        yield Chunk(text="Hel")  # offsets are the engine's business
         yield Chunk(text="lo")
-        yield UsageReported(usage=Usage(input_tokens=3))       # where the platform tells it on the way
+        yield UsageReported(usage=Usage(input_tokens=3))  # where it is told on the way
         yield Completed(finish_reason="stop", usage=Usage(input_tokens=3, output_tokens=2))
 
 The rules, held by `perdure.testing.AdapterContract`:
 
 * `Completed` is the last thing, and only after the platform's own end marker; a stream that merely
   stops is `StreamTruncated`.
-* Errors are raised, as a `PlatformError`; retrying is the engine's business, so SDK retries are off.
+* Errors are raised, as a `PlatformError`; retrying is the engine's, so SDK retries are off.
 * Cancelling the task that iterates closes the connection; `CancelledError` is never swallowed.
 * With `call.resume` of mode `reattach` the very same response goes on after `call.resume.cursor`.
 """
@@ -114,10 +114,14 @@ class Adapter(Protocol):
             cost nothing that could be known.
     """
 
-    platform: str
-    capabilities: Capabilities
-    default_model: str | None
-    prices: str | None
+    @property
+    def platform(self) -> str: ...  # noqa: D102 - described above
+    @property
+    def capabilities(self) -> Capabilities: ...  # noqa: D102
+    @property
+    def default_model(self) -> str | None: ...  # noqa: D102
+    @property
+    def prices(self) -> str | None: ...  # noqa: D102
 
     def run(self, call: Call) -> AsyncGenerator[Event, None]:
         """Yield what happens to ``call``, as it happens."""

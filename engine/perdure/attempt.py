@@ -82,19 +82,25 @@ class Timing:
 
 
 @dataclass(slots=True)
-class _Gathered:
-    """Output that isn't in the log yet: runs of one kind, in order."""
+class _Run:
+    kind: ChunkKind
+    texts: list[str] = field(default_factory=list[str])
 
-    runs: list[tuple[ChunkKind, list[str]]] = field(
-        default_factory=list[tuple[ChunkKind, list[str]]]
-    )
+
+@dataclass(slots=True)
+class _Gathered:
+    """What isn't in the log yet, in order; pieces of one kind in a row become one chunk."""
+
+    parts: list[_Run | Event] = field(default_factory=list["_Run | Event"])
     cursor: str | None = None
     characters: int = 0
 
     def add(self, chunk: Chunk) -> None:
-        if not self.runs or self.runs[-1][0] != chunk.kind:
-            self.runs.append((chunk.kind, []))
-        self.runs[-1][1].append(chunk.text)
+        last = self.parts[-1] if self.parts else None
+        if not isinstance(last, _Run) or last.kind != chunk.kind:
+            last = _Run(chunk.kind)
+            self.parts.append(last)
+        last.texts.append(chunk.text)
         self.characters += len(chunk.text)
         self.cursor = chunk.cursor or self.cursor
 
@@ -166,7 +172,7 @@ class Attempt:
         writing = asyncio.create_task(self._write_gathered())
         try:
             await asyncio.wait(
-                {reading, self._stop},
+                (reading, self._stop),
                 timeout=self._call.task.limits.timeout_seconds,
                 return_when=asyncio.FIRST_COMPLETED,
             )
@@ -184,10 +190,12 @@ class Attempt:
         if isinstance(recorded.event, CancelRequested):
             self.stop(Stop.CANCEL)
         elif isinstance(recorded.event, Interrupted):
-            # Perhaps an older one, of an attempt before this; the log decides at the next append.
-            if recorded.event.attempt == self._state.attempt:
-                self._lost = True
-                self.stop(Stop.LOST)
+            self._lost_to(recorded.event.attempt)
+
+    def _lost_to(self, attempt: int) -> None:
+        if attempt == self._state.attempt:  # else it is an older one, told once more
+            self._lost = True
+            self.stop(Stop.LOST)
 
     async def _read(self, stream: AsyncGenerator[Event, None]) -> Completed:
         async for event in stream:
@@ -206,9 +214,14 @@ class Attempt:
                     self._news.set()
                 case Accepted():
                     self._accepted = event
-                    await self._append(event)
+                    if event.reattachable:  # what a crash must not lose is written before going on
+                        await self._append(event)
+                    else:
+                        self._gathered.parts.append(event)
+                        self._news.set()
                 case FileCreated():
-                    await self._append(event)
+                    self._gathered.parts.append(event)
+                    self._news.set()
                 case Completed():
                     return event
                 case _:
@@ -266,21 +279,33 @@ class Attempt:
     def _take(self, ending: bool) -> list[Event]:
         gathered, self._gathered = self._gathered, _Gathered()
         events: list[Event] = []
-        for kind, texts in gathered.runs:
-            text = clean_text("".join(texts))
-            offset = self._lengths.get(kind, 0)
-            self._lengths[kind] = offset + len(text)
-            if kind == "text":
+        # The cursor goes with the last piece of output: after it the platform's stream goes on.
+        last = next((part for part in reversed(gathered.parts) if isinstance(part, _Run)), None)
+        for part in gathered.parts:
+            if isinstance(part, Event):
+                events.append(part)
+                continue
+            text = clean_text("".join(part.texts))
+            offset = self._lengths.get(part.kind, 0)
+            self._lengths[part.kind] = offset + len(text)
+            if part.kind == "text":
                 self._output_hash.update(text.encode())
-            events.append(Chunk(text=text, kind=kind, offset=offset))
-        if events and gathered.cursor is not None:
-            events[-1] = events[-1].model_copy(update={"cursor": gathered.cursor})
-        now = asyncio.get_running_loop().time()
-        if not ending and self._usage is not None and self._usage != self._usage_written:
-            if now - self._usage_at >= self._timing.usage_interval:
-                events.append(UsageReported(usage=self._usage))
-                self._usage_written, self._usage_at = self._usage, now
+            cursor = gathered.cursor if part is last else None
+            events.append(Chunk(text=text, kind=part.kind, offset=offset, cursor=cursor))
+        if self._usage is not None and not ending and self._usage_due():
+            events.append(UsageReported(usage=self._usage))
         return events
+
+    def _usage_due(self) -> bool:
+        """Return whether it is time to write down the tokens known so far, and note it if so."""
+        now = asyncio.get_running_loop().time()
+        due = (
+            self._usage != self._usage_written
+            and now - self._usage_at >= self._timing.usage_interval
+        )
+        if due:
+            self._usage_written, self._usage_at = self._usage, now
+        return due
 
     async def _look_again(self) -> None:
         """Find out what came in between: a cancellation is obeyed, another owner ends it all."""
@@ -456,7 +481,7 @@ _AdapterFault.__name__ = "AdapterFault"
 
 
 async def _uninterrupted(work: asyncio.Future[Any]) -> Any:  # noqa: ANN401
-    """Await ``work`` to its end even when cancelled meanwhile, and pass the cancellation on then."""
+    """Await ``work`` to its end even when cancelled meanwhile; the cancellation comes after."""
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:

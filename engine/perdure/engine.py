@@ -311,7 +311,7 @@ class Engine:
 
         def cancel(tx: Transaction) -> bool:
             fold = tx.fold(task_id)
-            if fold is None or fold.state is None:
+            if fold is None:
                 return False
             pending = fold.state.status is TaskStatus.PENDING
             event = (

@@ -371,9 +371,8 @@ def chain_digest(
 ) -> bytes:
     """Return the SHA-256 that ties an event to all events before it.
 
-    Args:
-        previous: The digest of the event at ``position - 1``; empty for the first.
-        data_digest: SHA-256 of the canonical JSON of the event's data.
+    ``previous`` is the digest of the event at ``position - 1``, empty for the first;
+    ``data_digest`` is the SHA-256 of the canonical JSON of the event's data.
     """
     micros = (recorded_at - _EPOCH) // _MICROSECOND
     head = f"{position}\n{task_id}\n{version}\n{type_}\n{schema_version}\n{micros}\n"

@@ -135,6 +135,7 @@ def evolve(state: TaskState | None, event: Event, at: datetime) -> TaskState:
             raise InvalidTransition(f"{event.type!r} can't be the first event of a task")
         if not event.platforms:
             raise InvalidTransition("'submitted' names no platform")
+        constraints: dict[str, Any] = event.task.get("constraints") or {}
         return TaskState(
             version=1,
             status=TaskStatus.PENDING,
@@ -142,7 +143,7 @@ def evolve(state: TaskState | None, event: Event, at: datetime) -> TaskState:
             platform=event.platforms[0],
             submitted_at=at,
             available_at=at,
-            model=(event.task.get("constraints") or {}).get("model"),
+            model=constraints.get("model"),
         )
     rule = _RULES.get(type(event))
     if rule is None:
@@ -237,10 +238,9 @@ def _attempt_failed(state: TaskState, event: AttemptFailed, at: datetime) -> Tas
 def _interrupted(state: TaskState, event: Interrupted, at: datetime) -> TaskState:
     if event.worker != state.worker or event.attempt != state.attempt:
         raise InvalidTransition(f"{event.worker} does not own attempt {state.attempt}")
-    if event.next == "reattach":
-        paid = state  # the same call goes on; it is paid for when it ends
-    else:
-        paid = _paid(state, event.usage, event.cost_usd)
+    # A call that goes on is paid for when it ends.
+    again = event.next == "reattach"
+    paid = state if again else _paid(state, event.usage, event.cost_usd)
     return paid._replace(
         version=state.version + 1,
         status=TaskStatus.PENDING,

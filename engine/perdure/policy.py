@@ -43,7 +43,7 @@ class RetryPolicy:
             retry_after: Seconds the platform asked to wait.
             chance: A random number from 0 to 1.
         """
-        backoff = chance * min(self.cap_seconds, self.base_seconds * 2 ** min(failures - 1, 30))
+        backoff = chance * min(self.cap_seconds, self.base_seconds * 2.0 ** min(failures - 1, 30))
         if retry_after is None:
             return backoff
         return min(max(retry_after, 0.0), self.retry_after_cap_seconds) + 0.1 * backoff

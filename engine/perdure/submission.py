@@ -110,7 +110,7 @@ def _submit_one(tx: Transaction, prepared: Prepared) -> Submission | InvalidTask
         except ConcurrencyError:
             if prepared.given_id:
                 return InvalidTask(f"task_id: {task_id!r} is taken; leave it out to get a new one")
-            # Eight random characters collide on a busy day: the database decides, and we draw again.
+            # Eight random characters collide on a busy day: the database decides, we draw again.
             task_id = generate_task_id(prepared.event.platforms[0])
         else:
             tx.put_blobs(prepared.content)

@@ -1,4 +1,4 @@
-"""What is asked for and what comes out: `Task`, `TaskConstraints`, `TaskStatus`, `Usage`, `Result`."""
+"""What is asked for, `Task`, and what comes out of it: `TaskStatus`, `Usage`, `Result`."""
 
 from __future__ import annotations
 

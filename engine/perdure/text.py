@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Final, TypeAlias, Union
+from collections.abc import Iterable
+from typing import Final, TypeAlias, Union, cast
 
 __all__ = ["JsonObject", "JsonValue", "check_json", "check_text", "clean_text", "printable"]
 
-JsonValue: TypeAlias = Union[None, bool, int, float, str, "list[JsonValue]", "dict[str, JsonValue]"]
+JsonValue: TypeAlias = Union[bool, int, float, str, "list[JsonValue]", "dict[str, JsonValue]", None]
 JsonObject: TypeAlias = dict[str, JsonValue]
 
 # PostgreSQL stores no NUL in text, and no UTF-8 encoder takes a lone surrogate.
@@ -57,23 +58,23 @@ def check_json(value: object, depth: int = 0) -> JsonValue:
     """
     if depth > _MAX_DEPTH:
         raise ValueError(f"is nested more than {_MAX_DEPTH} levels deep")
-    match value:
-        case None | bool():
-            return value
-        case str():
-            return check_text(str(value))
-        case int():
-            if abs(value) > _LARGEST_INT:
-                raise ValueError(f"holds the number {value}, beyond 64 bits; store it as text")
-            return int(value)
-        case float():
-            return _check_float(value)
-        case dict():
-            return {_check_key(k): check_json(v, depth + 1) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
-        case list() | tuple():
-            return [check_json(item, depth + 1) for item in value]  # pyright: ignore[reportUnknownVariableType]
-        case _:
-            raise ValueError(f"holds a {type(value).__name__}, which is no JSON value")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return check_text(str(value))
+    if isinstance(value, int):
+        if abs(value) > _LARGEST_INT:
+            raise ValueError(f"holds the number {value}, beyond 64 bits; store it as text")
+        return int(value)
+    if isinstance(value, float):
+        return _check_float(value)
+    if isinstance(value, dict):
+        members = cast("dict[object, object]", value)
+        return {_check_key(key): check_json(item, depth + 1) for key, item in members.items()}
+    if isinstance(value, (list, tuple)):
+        items = cast("Iterable[object]", value)
+        return [check_json(item, depth + 1) for item in items]
+    raise ValueError(f"holds a {type(value).__name__}, which is no JSON value")
 
 
 def _check_float(value: float) -> int | float:

@@ -1,4 +1,4 @@
-"""A worker: claims due tasks, runs their attempts, shows that it is alive, takes over from the dead.
+"""A worker: claims due tasks, runs their attempts, shows that it lives, takes over from the dead.
 
 It keeps nothing that the database doesn't have: killed at any moment, another one goes on from the
 log.

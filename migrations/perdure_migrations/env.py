@@ -24,8 +24,7 @@ def _main() -> None:
     # From the `alembic` command: the same database, opened in the same way, as everything else.
     from perdure.store.database import Database
 
-    url = os.environ.get("PERDURE_DB") or context.config.get_main_option("sqlalchemy.url")
-    with Database(url).migration() as connection:
+    with Database(os.environ["PERDURE_DB"]).migration() as connection:
         _run(connection)
 
 

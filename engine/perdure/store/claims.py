@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform as host_platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,8 +15,9 @@ import sqlalchemy as sa
 from perdure.events import Event, Running, Submitted, decode
 from perdure.lifecycle import TaskState
 from perdure.store.database import Database
+from perdure.store.projection import TaskFold
 from perdure.store.schema import blobs, events, tasks, workers
-from perdure.store.transaction import Transaction, chunks_of
+from perdure.store.transaction import IN_LIMIT, Transaction, chunks_of
 
 __all__ = [
     "Claimed",
@@ -102,12 +103,10 @@ def claim(
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).all()
-    tx.prefetch(due)
+    folds = _folds(tx, due)
+    asked = _submitted(tx, folds.values())
     claimed: list[Claimed] = []
-    for task_id in due:
-        fold = tx.fold(task_id)
-        if fold is None or fold.state is None:
-            continue
+    for task_id, fold in folds.items():
         before = fold.state
         started = Running(
             attempt=before.attempt + 1,
@@ -117,23 +116,34 @@ def claim(
             mode=before.next_mode,
         )
         tx.append(task_id, (started,), before.version)
-        claimed.append(
-            Claimed(task_id, fold.state, submitted_event(tx, fold.stream_id), fold.text, before)
-        )
+        claimed.append(Claimed(task_id, fold.state, asked[fold.stream_id], fold.text, before))
     return claimed
 
 
-def submitted_event(tx: Transaction, stream_id: int) -> Submitted:
-    """Return the first event of a stream."""
-    row = tx.connection.execute(
-        sa.select(events.c.type, events.c.schema_version, events.c.data).where(
-            events.c.stream_id == stream_id, events.c.version == 1
+def _folds(tx: Transaction, task_ids: Sequence[str]) -> dict[str, TaskFold]:
+    tx.prefetch(task_ids)
+    found = {task_id: tx.fold(task_id) for task_id in task_ids}
+    return {task_id: fold for task_id, fold in found.items() if fold is not None}
+
+
+def _submitted(tx: Transaction, folds: Iterable[TaskFold]) -> dict[int, Submitted]:
+    """Return the first events of these streams, by stream."""
+    found: dict[int, Submitted] = {}
+    stream_ids = [fold.stream_id for fold in folds]
+    for begin in range(0, len(stream_ids), IN_LIMIT):
+        rows = tx.connection.execute(
+            sa.select(
+                events.c.stream_id, events.c.type, events.c.schema_version, events.c.data
+            ).where(
+                events.c.stream_id.in_(stream_ids[begin : begin + IN_LIMIT]),
+                events.c.version == 1,
+            )
         )
-    ).one()
-    event = decode(row.type, row.schema_version, row.data)
-    if not isinstance(event, Submitted):
-        raise TypeError(f"stream {stream_id} begins with {event.type}")
-    return event
+        for row in rows:
+            event = decode(row.type, row.schema_version, row.data)
+            if isinstance(event, Submitted):
+                found[row.stream_id] = event
+    return found
 
 
 async def next_due(database: Database, scope: Scope) -> datetime | None:
@@ -208,7 +218,7 @@ def forget_worker(tx: Transaction, worker: str) -> None:
 
 
 async def find_lost(database: Database, lease: timedelta, now: datetime) -> list[str]:
-    """Return the workers that are gone, and owners of running tasks that were never written down."""
+    """Return the workers that are gone, and owners of running tasks that nobody knows."""
     rows = await database.rows(sa.select(workers))
     gone = [row["worker_id"] for row in rows if not _alive(row, lease, now)]
     known = {row["worker_id"] for row in rows}
@@ -255,12 +265,10 @@ def recover(
         .limit(_BATCH)
         .with_for_update(skip_locked=True)
     ).all()
-    tx.prefetch(owned)
-    for task_id in owned:
-        fold = tx.fold(task_id)
-        if fold is None or fold.state is None:
-            continue
-        constraints = submitted_event(tx, fold.stream_id).task.get("constraints") or {}
+    folds = _folds(tx, owned)
+    asked = _submitted(tx, folds.values())
+    for task_id, fold in folds.items():
+        constraints: dict[str, Any] = asked[fold.stream_id].task.get("constraints") or {}
         tx.append(task_id, decide(fold.state, constraints), fold.version)
     if not owned:
         forget_worker(tx, lost)

@@ -19,7 +19,7 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -27,7 +27,7 @@ from typing import Any, Final, TypeVar
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -51,7 +51,7 @@ CHECKPOINT_STEP: Final = 2**20
 
 
 def parse_url(url: str | os.PathLike[str]) -> URL:
-    """Return the database that ``url``, a URL or the path of a SQLite file, stands for.
+    """Return the database that ``url``, a URL or a SQLite file's path, stands for.
 
     Raises:
         DatabaseIncompatible: It names a database that perdure can't use.
@@ -63,13 +63,12 @@ def parse_url(url: str | os.PathLike[str]) -> URL:
         parsed = make_url(text)
     except ArgumentError:
         raise DatabaseIncompatible(
-            "the database URL can't be read: give a file's path, sqlite:///FILE, "
-            "or postgresql+psycopg://USER@HOST/NAME"
+            "the database URL can't be read: give a file's path or sqlite:///FILE"
         ) from None
     if parsed.get_backend_name() != "sqlite":
         raise DatabaseIncompatible(
-            f"{parsed.get_backend_name()!r} is no database that perdure can use: give a file's path "
-            "or sqlite:///FILE"
+            f"{parsed.get_backend_name()!r} is no database that perdure can use: give a file's "
+            "path or sqlite:///FILE"
         )
     if parsed.database in (None, "", ":memory:"):
         raise DatabaseIncompatible(
@@ -162,7 +161,7 @@ class Database:
                 command.upgrade(alembic_config(connection), "head")
 
     @contextlib.contextmanager
-    def migration(self) -> Iterator[Connection]:
+    def migration(self) -> Generator[Connection, None, None]:
         """Give a connection in a write transaction, for migrations, and commit at the end."""
         self._touch(create=True)
         _initialise(self.path)
@@ -189,7 +188,7 @@ class Database:
     # -- reading ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[Connection]:
+    def snapshot(self) -> Generator[Connection, None, None]:
         """Give a connection that sees one state of the database and keeps no writer out. Blocking.
 
         Text that is no UTF-8, which only somebody else can have written, comes with surrogates.
@@ -283,7 +282,7 @@ class Writer:
         self._data_version = self._read_data_version()
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Connection]:
+    def transaction(self) -> Generator[Connection, None, None]:
         """Give the connection in a write transaction; commit at the end, roll back on an error."""
         with translate(self._path), self.connection.begin():
             yield self.connection
@@ -351,12 +350,13 @@ def _initialise(path: Path) -> None:
                 connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
             connection.execute("PRAGMA journal_mode = WAL")
-            return
         except sqlite3.OperationalError as error:
             # Changing the journal mode doesn't wait for others who do the same.
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
+        else:
+            return
         finally:
             connection.close()
 
@@ -386,8 +386,12 @@ def _prepare_reader(dbapi: Any, _record: object) -> None:  # noqa: ANN401
 
 def _prepare_snapshot(dbapi: Any, _record: object) -> None:  # noqa: ANN401
     dbapi.isolation_level = None
-    dbapi.text_factory = lambda text: text.decode(errors="surrogateescape")
+    dbapi.text_factory = _decode_leniently
     _prepare_reader(dbapi, _record)
+
+
+def _decode_leniently(text: bytes) -> str:
+    return text.decode(errors="surrogateescape")
 
 
 def _begin(connection: Connection) -> None:
@@ -431,13 +435,13 @@ def _known_revisions() -> set[str]:
 
 
 @contextlib.contextmanager
-def translate(path: Path) -> Iterator[None]:
+def translate(path: Path) -> Generator[None, None, None]:
     """Turn what the driver raises into a `StoreError` of one line. The one boundary for that."""
     try:
         yield
     except StoreError:
         raise
-    except sa.exc.IntegrityError:
+    except IntegrityError:
         raise  # the log knows what it was doing, and decides
     except (SQLAlchemyError, sqlite3.Error) as error:
         raise _translated(error, path) from error

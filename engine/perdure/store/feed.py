@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -39,7 +40,7 @@ SELECT_EVENTS: Final = sa.select(
 ).join_from(events, streams, events.c.stream_id == streams.c.stream_id)
 
 
-def recorded(row: Mapping[str, Any]) -> RecordedEvent:
+def recorded(row: sa.RowMapping) -> RecordedEvent:
     """Return the event that a row of `SELECT_EVENTS` holds."""
     return RecordedEvent(
         position=row["position"],
@@ -123,14 +124,14 @@ class Feed:
                         return
                 reader.behind = False
                 while not reader.behind:
-                    event = await reader.next()
-                    if event is None or event.version > after + 1:
+                    new = await reader.next()
+                    if new is None or new.version > after + 1:
                         break  # some were not kept: fetch them
-                    if event.version <= after:
+                    if new.version <= after:
                         continue
-                    after = event.version
-                    yield event
-                    if event.event.ends_task:
+                    after = new.version
+                    yield new
+                    if new.event.ends_task:
                         return
         finally:
             stop()
@@ -192,7 +193,7 @@ class Feed:
                 if not wanted:
                     break
                 since = self._seen
-                head, fresh = await self._database.read(lambda c: _news(c, wanted, since))
+                head, fresh = await self._database.read(partial(_news, wanted=wanted, since=since))
                 if self._seen == since:  # else somebody joined who needs an earlier start
                     self._seen = head
                 self._deliver(fresh)

@@ -260,7 +260,7 @@ def _each_event(connection: Connection) -> Iterator[RowMapping]:
 
 
 class _AnyTimestamp(Timestamp):
-    """A moment as it is stored, or the year 1 where that is no moment: it won't match its digest."""
+    """A moment as it is stored; the year 1, which fits no digest, where it is none."""
 
     cache_ok = True
 
@@ -397,7 +397,7 @@ def redact(tx: Transaction, task_id: str, by: str, reason: str | None) -> int:
         InvalidTransition: The task hasn't ended.
     """
     fold = tx.fold(task_id)
-    if fold is None or fold.state is None:
+    if fold is None:
         raise TaskNotFound(task_id)
     if not fold.state.status.ended:
         raise InvalidTransition(f"{task_id} is {fold.state.status}: cancel it before redacting it")

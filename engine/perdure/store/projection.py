@@ -26,22 +26,28 @@ class TaskFold:
     Attributes:
         task_id: The stream.
         stream_id: Its key; 0 until the stream is stored.
-        state: Where the task stands.
     """
 
-    __slots__ = ("_fixed", "_text", "state", "stream_id", "task_id")
+    __slots__ = ("_fixed", "_state", "_text", "stream_id", "task_id")
 
     def __init__(self, task_id: str, stream_id: int = 0) -> None:
         self.task_id = task_id
         self.stream_id = stream_id
-        self.state: TaskState | None = None
+        self._state: TaskState | None = None
         self._text: list[str] = []
         self._fixed: Row | None = None
 
     @property
     def version(self) -> int:
         """The version folded so far; 0 for none."""
-        return 0 if self.state is None else self.state.version
+        return 0 if self._state is None else self._state.version
+
+    @property
+    def state(self) -> TaskState:
+        """Where the task stands; there must have been a first event."""
+        if self._state is None:
+            raise LookupError(f"nothing of {self.task_id} was folded yet")
+        return self._state
 
     @property
     def text(self) -> str:
@@ -50,22 +56,19 @@ class TaskFold:
             self._text = ["".join(self._text)]
         return self._text[0] if self._text else ""
 
-    def apply(self, events: Iterable[Event], at: datetime) -> TaskState:
+    def apply(self, events: Iterable[Event], at: datetime) -> None:
         """Fold in what was recorded at ``at``, all of it or, on an error, nothing.
 
         Raises:
             InvalidTransition: One of the events can't follow.
         """
         events = tuple(events)
-        state = self.state
+        state = self._state
         for event in events:
             state = evolve(state, event, at)
-        if state is None:
-            raise ValueError("there is nothing to fold")
-        self.state = state
+        self._state = state
         for event in events:
             self._keep(event)
-        return state
 
     def _keep(self, event: Event) -> None:
         if isinstance(event, Chunk):
@@ -89,15 +92,13 @@ class TaskFold:
             raise ValueError(f"{self.task_id}: the fixed columns are known only to the first row")
         row = {"task_id": self.task_id, **self._fixed, **self.changing_columns()}
         self._fixed = None
-        if self.state is not None and self.state.redacted:
+        if self.state.redacted:
             row.update(REDACTED_COLUMNS)
         return row
 
     def changing_columns(self) -> Row:
         """Return the columns that events after the first change."""
         state = self.state
-        if state is None:
-            raise ValueError(f"{self.task_id}: nothing was folded yet")
         usage = state.total_usage
         text = None if state.redacted else self.text
         unsuccessful = state.status in (TaskStatus.FAILED, TaskStatus.CANCELLED)

@@ -57,23 +57,21 @@ class TaskRecord:
     files_created: tuple[str, ...]
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> TaskRecord:
+    def of(cls, row: sa.RowMapping) -> TaskRecord:
         """Make a record of a whole row."""
-        data = dict(row)
+        data: dict[str, Any] = {str(name): value for name, value in row.items()}
         usage = Usage(
             **{name: data.pop(name) for name in Usage.model_fields if name.endswith("_tokens")}
         )
         files = data.pop("files_created")
-        return cls(
-            **{
-                **data,
-                "status": TaskStatus(data["status"]),
-                "cancel_requested": bool(data["cancel_requested"]),
-                "usage": usage,
-                "labels": orjson.loads(data["labels"]),
-                "files_created": tuple(orjson.loads(files)) if files else (),
-            }
-        )
+        data |= {
+            "status": TaskStatus(data["status"]),
+            "cancel_requested": bool(data["cancel_requested"]),
+            "usage": usage,
+            "labels": orjson.loads(data["labels"]),
+            "files_created": tuple(orjson.loads(files)) if files else (),
+        }
+        return cls(**data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,8 @@ class TaskFilter:
 
 def _label(name: str) -> sa.ColumnElement[Any]:
     # The one JSON path both databases understand by way of SQLAlchemy.
-    return sa.type_coerce(tasks.c.labels, sa.JSON)[name].as_string()
+    found: sa.ColumnElement[Any] = sa.type_coerce(tasks.c.labels, sa.JSON)[name].as_string()
+    return found
 
 
 _ALL: Final = sa.select(tasks)

@@ -107,7 +107,7 @@ class FoldCache:
 
     def put(self, fold: TaskFold) -> None:
         """Keep a fold, but for an ended task's, which nobody needs any more."""
-        if fold.state is None or fold.state.status.ended:
+        if fold.state.status.ended:
             self._folds.pop(fold.task_id, None)
             return
         self._folds[fold.task_id] = fold
@@ -347,7 +347,7 @@ class Transaction:
             changed.append(
                 {"of_stream": fold.stream_id, **{f"new_{name}": row[name] for name in _CHANGING}}
             )
-            if fold.state is not None and fold.state.redacted:
+            if fold.state.redacted:
                 forgotten.append({"of_stream": fold.stream_id})
         for statement, rows in (
             (_SET_VERSION, known),
