@@ -40,6 +40,7 @@ from perdure.events import (
     Interrupted,
     RecordedEvent,
     UsageReported,
+    encode,
 )
 from perdure.lifecycle import TaskState
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption, cancelled
@@ -150,10 +151,11 @@ class Attempt:
         self._appending = asyncio.Lock()
         self._news = asyncio.Event()
         self._room = asyncio.Event()
+        self._stream: AsyncGenerator[Event, None] | None = None
         self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
         self._lost = False
         self._accepted = claimed.state.accepted
-        self._failure: StoreError | EngineClosed | None = None
+        self._failure: Exception | None = None
 
     def stop(self, why: Stop) -> None:
         """Ask the attempt to end; the first reason counts."""
@@ -167,8 +169,7 @@ class Attempt:
             StoreError: The log can't be written; the task stays as it is there, to be recovered.
         """
         deaf = self._log.feed.listen(self.task_id, self._notice, since=self._since)
-        stream = self._adapter.run(self._call)
-        reading = asyncio.create_task(self._read(stream))
+        reading = asyncio.create_task(self._read())
         writing = asyncio.create_task(self._write_gathered())
         try:
             await asyncio.wait(
@@ -176,10 +177,10 @@ class Attempt:
                 timeout=self._call.task.limits.timeout_seconds,
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            await self._finish(reading, stream)
+            await self._finish(reading)
         finally:
             deaf()
-            await self._close_quietly(reading, stream)
+            await self._close_quietly(reading)
             await self._stop_writing(writing)
         if self._failure is not None:
             raise self._failure
@@ -197,8 +198,10 @@ class Attempt:
             self._lost = True
             self.stop(Stop.LOST)
 
-    async def _read(self, stream: AsyncGenerator[Event, None]) -> Completed:
-        async for event in stream:
+    async def _read(self) -> Completed:
+        self._stream = self._adapter.run(self._call)
+        async for event in self._stream:
+            _check_storable(event)
             match event:
                 case Chunk():
                     if not event.text:
@@ -238,7 +241,7 @@ class Attempt:
             self._news.clear()
             try:
                 await self._append()
-            except (StoreError, EngineClosed) as error:
+            except Exception as error:  # noqa: BLE001 - `run` raises it
                 self._failure = error
                 self.stop(Stop.BROKEN)
                 return
@@ -331,15 +334,13 @@ class Attempt:
 
     # -- the ending ------------------------------------------------------------------------------
 
-    async def _finish(
-        self, reading: asyncio.Task[Completed], stream: AsyncGenerator[Event, None]
-    ) -> None:
+    async def _finish(self, reading: asyncio.Task[Completed]) -> None:
         if reading.done():
             # The platform's end was there first: a cancellation that comes now is too late.
             await self._conclude(reading)
             return
         why = self._stop.result() if self._stop.done() else None
-        await self._close_quietly(reading, stream)
+        await self._close_quietly(reading)
         if reading.done() and not reading.cancelled() and reading.exception() is None:
             await self._conclude(reading)  # it ended while it was being closed
         elif why is None:
@@ -451,9 +452,7 @@ class Attempt:
 
     # -- closing ---------------------------------------------------------------------------------
 
-    async def _close_quietly(
-        self, reading: asyncio.Task[Completed], stream: AsyncGenerator[Event, None]
-    ) -> None:
+    async def _close_quietly(self, reading: asyncio.Task[Completed]) -> None:
         """Stop reading and close the stream; an adapter that won't is left behind, and named."""
         if not reading.done():
             reading.cancel()
@@ -461,13 +460,26 @@ class Attempt:
             if not done:
                 _log.error("the adapter %r does not let itself be stopped", self._adapter.platform)
                 return
-        with contextlib.suppress(Exception, asyncio.CancelledError):
-            await stream.aclose()
+        if self._stream is not None:
+            with contextlib.suppress(Exception, asyncio.CancelledError):
+                await self._stream.aclose()
 
     async def _stop_writing(self, writing: asyncio.Task[None]) -> None:
         async with self._appending:  # what is being written is written to its end
             writing.cancel()
         await asyncio.wait({writing})
+
+
+def _check_storable(event: Event) -> None:
+    """Raise unless the log can hold what an adapter yielded; a chunk's text is mended later."""
+    if isinstance(event, Chunk) and (event.cursor is None or event.cursor.isascii()):
+        return
+    try:
+        encode(event.model_copy(update={"text": ""}) if isinstance(event, Chunk) else event)
+    except (TypeError, ValueError) as error:
+        raise FinalError(
+            f"the adapter yielded {event.type!r} with something that can't be stored: {error}"
+        ) from None
 
 
 class _AdapterFault(FinalError):

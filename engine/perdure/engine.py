@@ -29,6 +29,7 @@ from perdure.store.maintenance import redact
 from perdure.store.records import (
     TaskFilter,
     TaskRecord,
+    find_status,
     find_task,
     find_tasks,
     read_events,
@@ -235,8 +236,7 @@ class Engine:
 
     async def get_status(self, task_id: str) -> TaskStatus:
         """Return where a task stands; `TaskStatus.UNKNOWN` where there is no such task."""
-        record = await find_task(self.database, task_id)
-        return TaskStatus.UNKNOWN if record is None else record.status
+        return await find_status(self.database, task_id)
 
     async def get_result(self, task_id: str, timeout: float | None = None) -> Result:
         """Wait for the end of a task and return what came out of it.
@@ -292,7 +292,7 @@ class Engine:
         Raises:
             TaskNotFound: There is no such task.
         """
-        if await find_task(self.database, task_id) is None:
+        if await find_status(self.database, task_id) is TaskStatus.UNKNOWN:
             raise TaskNotFound(task_id)
         async for recorded in self.log.feed.follow(task_id, from_version):
             yield recorded

@@ -35,6 +35,8 @@ Messages are one line each and say what happened, to what, and what to do about 
 
 from __future__ import annotations
 
+from perdure.text import clean_text
+
 __all__ = [
     "AuthenticationFailed",
     "ConcurrencyError",
@@ -167,7 +169,7 @@ class PlatformError(PerdureError):
         request_id: str | None = None,
         retry_after: float | None = None,
     ) -> None:
-        self.message = " ".join(message.split())
+        self.message = clean_text(" ".join(message.split()))
         super().__init__(self.message)
         self.status = status
         self.request_id = request_id

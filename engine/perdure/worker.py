@@ -85,7 +85,9 @@ class Worker:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._attempts: dict[str, Attempt] = {}
         self._wake = asyncio.Event()
+        self._more = True  # whether something may be due that we haven't been told of
         self._stopping = False
+        self._stop_all: Stop | None = None
         self._registered = False
         self._failure: PerdureError | None = None
 
@@ -112,6 +114,7 @@ class Worker:
 
     def wake(self) -> None:
         """Look for due tasks now."""
+        self._more = True
         self._wake.set()
 
     def stop_claiming(self) -> None:
@@ -152,6 +155,7 @@ class Worker:
     async def cancel_running(self, why: Stop = Stop.HAND_BACK) -> None:
         """Stop what runs here: hand it back to be run later, or write it down as cancelled."""
         self.stop_claiming()
+        self._stop_all = why
         for attempt in tuple(self._attempts.values()):
             attempt.stop(why)
         running = set(self._running.values())
@@ -173,13 +177,16 @@ class Worker:
         if free <= 0:
             return 0
         scope = self.scope
-        due = await claims.next_due(self._database, scope)
-        if due is None or due > datetime.now(UTC):
-            return 0
+        if not self._more:  # a look costs no write lock
+            due = await claims.next_due(self._database, scope)
+            if due is None or due > datetime.now(UTC):
+                return 0
+        self._more = False
         models = {name: a.default_model for name, a in self._platforms.made.items()}
         claimed, head = await self._log.write_at(
             lambda tx: claims.claim(tx, self.worker_id, free, scope, models)
         )
+        self._more = self._more or len(claimed) == free
         for one in claimed:
             running = asyncio.create_task(self._carry_out(one, head))
             self._running[one.task_id] = running
@@ -234,8 +241,8 @@ class Worker:
             timing=self.settings.timing,
         )
         self._attempts[claimed.task_id] = attempt
-        if self._stopping and self._failure is not None:
-            attempt.stop(Stop.HAND_BACK)
+        if self._stop_all is not None:  # asked for while the task was being put together
+            attempt.stop(self._stop_all)
         await attempt.run()
 
     async def _call(self, claimed: Claimed) -> Call:
@@ -283,7 +290,7 @@ class Worker:
             try:
                 await self._log.write(lambda tx: claims.beat(tx, self.worker_id))
                 if await self._recover():
-                    self._wake.set()
+                    self.wake()
             except (StoreError, EngineClosed) as error:
                 self._failure = self._failure or error
                 self._wake.set()
@@ -324,8 +331,8 @@ def _resume(claimed: Claimed) -> Resume | None:
 
 
 def _loaded(task: Task, content: Mapping[str, bytes]) -> tuple[LoadedFile, ...]:
-    return tuple(
-        LoadedFile(attached, content.get(attached.digest, b""))
-        for attached in task.files
-        if isinstance(attached, Attachment)
-    )
+    attached = [file for file in task.files if isinstance(file, Attachment)]
+    for file in attached:
+        if file.digest not in content:
+            raise InvalidRequest(f"the content of {file.name} is not in the database any more")
+    return tuple(LoadedFile(file, content[file.digest]) for file in attached)

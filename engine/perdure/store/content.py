@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from perdure.errors import InvalidTask
 from perdure.task import Task
 
 __all__ = ["blob_digests", "digest_of", "restore", "separate"]
@@ -43,7 +44,11 @@ def separate(task: Task) -> tuple[dict[str, Any], dict[str, str], dict[str, byte
 def restore(
     plain: Mapping[str, Any], places: Mapping[str, str], content: Mapping[str, bytes]
 ) -> Task:
-    """Return the task that `separate` took apart. Content that was redacted comes back empty."""
+    """Return the task that `separate` took apart.
+
+    Raises:
+        InvalidTask: Some of its content isn't there any more.
+    """
     data: dict[str, Any] = {**plain}
     if "messages" in data:
         data["messages"] = [dict(message) for message in data["messages"]]
@@ -51,7 +56,9 @@ def restore(
         data["context"] = dict(data["context"])
     for place, holder, key in list(_shared_texts(data)):
         if place in places:
-            holder[key] = content.get(places[place], b"").decode()
+            if places[place] not in content:
+                raise InvalidTask(f"{place}: its text is not in the database any more")
+            holder[key] = content[places[place]].decode()
     return Task.model_validate(data)
 
 

@@ -32,12 +32,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool
 
 from perdure.errors import (
-    DatabaseCorrupt,
     DatabaseIncompatible,
     DatabaseUnavailable,
     StoreError,
 )
 from perdure.store import schema
+from perdure.store.readonly import BUSY_SECONDS, Reader, describe_error, refuse_missing
 
 __all__ = ["Database", "Writer", "parse_url", "translate"]
 
@@ -45,7 +45,6 @@ T = TypeVar("T")
 
 OLDEST_SQLITE: Final = (3, 35, 0)
 FIRST_SAFE_SQLITE: Final = (3, 51, 3)
-BUSY_SECONDS: Final = 30.0
 CHECKPOINT_BYTES: Final = 4 * 2**20
 CHECKPOINT_STEP: Final = 2**20
 
@@ -116,7 +115,11 @@ class Database:
             revision = self._revision()
             if revision == schema.REVISION:
                 return
-            if not upgrade and revision is not None:
+            if not upgrade and revision is None:
+                raise DatabaseIncompatible(
+                    f"{self.path} is empty: run a task to set it up, or choose another with --db"
+                )
+            if not upgrade:
                 raise DatabaseIncompatible(
                     f"{self.path} has schema {revision}, this perdure needs {schema.REVISION}: "
                     "run `perdure db upgrade`"
@@ -125,15 +128,10 @@ class Database:
 
     def _touch(self, *, create: bool) -> None:
         """Create the file, readable by its owner only, where it is missing."""
-        if self.path.is_dir():
-            raise DatabaseUnavailable(f"{self.path} is a directory: give the path of a file")
+        if not create or self.path.is_dir():
+            refuse_missing(self.path)
         if self.path.exists():
             return
-        if not create:
-            raise DatabaseUnavailable(
-                f"there is no database at {self.path}: name one with --db or PERDURE_DB, "
-                "or run a task to create it"
-            )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
@@ -145,12 +143,8 @@ class Database:
 
     def _revision(self) -> str | None:
         """Return the schema's revision; None for an empty database."""
-        engine = self._sync_engine()
-        try:
-            with engine.connect() as connection:
-                return _revision(connection, self.path)
-        finally:
-            engine.dispose()
+        with self.snapshot() as connection:  # looking at it must not wait for who writes
+            return _revision(connection, self.path)
 
     def _migrate(self) -> None:
         from alembic import command
@@ -257,14 +251,9 @@ class Database:
             await self._readers.dispose()
             self._readers = None
 
-    def read_only(self) -> sqlite3.Connection:
+    def read_only(self) -> Reader:
         """Open a plain connection that can't change anything, for people's own SQL."""
-        self._touch(create=False)
-        uri = f"{self.path.absolute().as_uri()}?mode=ro"
-        with translate(self.path):
-            connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
-            connection.execute("PRAGMA query_only = ON")
-        return connection
+        return Reader.open(self.path)
 
 
 class Writer:
@@ -449,23 +438,4 @@ def translate(path: Path) -> Generator[None, None, None]:
 
 def _translated(error: Exception, path: Path) -> StoreError:
     origin = error.orig if isinstance(error, DBAPIError) and error.orig else error
-    what = " ".join(str(origin).split())
-    lower = what.lower()
-    if "locked" in lower or "busy" in lower:
-        return DatabaseUnavailable(
-            f"{path} is locked by another process for more than {BUSY_SECONDS:.0f} s: "
-            "end what holds it and try again"
-        )
-    if "full" in lower:
-        return DatabaseUnavailable(f"no space left for {path}: free some and run again")
-    if "not a database" in lower:
-        return DatabaseIncompatible(f"{path} is not a database: choose another file with --db")
-    if "malformed" in lower or "corrupt" in lower:
-        return DatabaseCorrupt(
-            f"{path} is damaged ({what}): restore a backup, or see perdure doctor"
-        )
-    if "readonly" in lower or "read-only" in lower:
-        return DatabaseUnavailable(f"{path} can't be written to: check its owner and permissions")
-    if "unable to open" in lower:
-        return DatabaseUnavailable(f"can't open {path}: check the path and its permissions")
-    return DatabaseUnavailable(f"{path}: {what}")
+    return describe_error(str(origin), path)

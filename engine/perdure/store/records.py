@@ -148,6 +148,12 @@ async def find_task(database: Database, task_id: str) -> TaskRecord | None:
     return TaskRecord.of(rows[0]) if rows else None
 
 
+async def find_status(database: Database, task_id: str) -> TaskStatus:
+    """Return where a task stands; `UNKNOWN` where there is none."""
+    rows = await database.rows(sa.select(tasks.c.status).where(tasks.c.task_id == task_id))
+    return TaskStatus(rows[0]["status"]) if rows else TaskStatus.UNKNOWN
+
+
 async def find_tasks(
     database: Database,
     which: TaskFilter,

@@ -31,6 +31,7 @@ from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from perdure.events import ENDINGS
+from perdure.store.readonly import APPLICATION_ID, REVISION, VIEWS
 
 __all__ = [
     "APPLICATION_ID",
@@ -44,14 +45,6 @@ __all__ = [
     "tasks",
     "workers",
 ]
-
-# The migration this code is written for. A constant, since asking alembic costs most of a second.
-REVISION: Final = "0001"
-
-# "perd", in the header of every SQLite file that is ours.
-APPLICATION_ID: Final = 0x70657264
-
-VIEWS: Final = ("attempts", "batches", "task_events", "task_output", "usage_daily")
 
 
 class Timestamp(TypeDecorator[datetime]):

@@ -37,6 +37,17 @@ __all__ = ["FoldCache", "Transaction", "chunks_of"]
 # Well below the number of parameters a statement may have on any supported SQLite.
 IN_LIMIT: Final = 500
 
+# Made once: for small transactions, making a statement costs more than executing it.
+_FIND_STREAMS: Final = (
+    sa.select(streams.c.task_id, streams.c.stream_id, streams.c.version)
+    .where(streams.c.task_id.in_(sa.bindparam("task_ids", expanding=True)))
+    .order_by(streams.c.task_id)
+    .with_for_update()
+)
+_HEAD: Final = sa.select(log_head.c.position, log_head.c.digest).with_for_update()
+_MOVE_HEAD: Final = sa.update(log_head).values(
+    position=sa.bindparam("to_position"), digest=sa.bindparam("to_digest")
+)
 _INSERT_STREAM: Final = sa.insert(streams)
 _INSERT_EVENT: Final = sa.insert(events)
 _INSERT_TASK: Final = sa.insert(tasks)
@@ -145,6 +156,7 @@ class Transaction:
         self.at = at
         self._cache = cache
         self._versions: dict[str, tuple[int, int] | None] = {}
+        self._folds: dict[str, TaskFold] = {}
         self._staged: dict[str, _Staged] = {}
         self._keys: dict[str, str] = {}
         self._free_keys: set[str] = set()
@@ -157,20 +169,15 @@ class Transaction:
         wanted = sorted({task_id for task_id in task_ids if task_id not in self._versions})
         for part in chunks_of(wanted):
             self._versions.update(dict.fromkeys(part))
-            rows = self.connection.execute(
-                sa.select(streams.c.task_id, streams.c.stream_id, streams.c.version)
-                .where(streams.c.task_id.in_(part))
-                .order_by(streams.c.task_id)
-                .with_for_update()
-            )
+            rows = self.connection.execute(_FIND_STREAMS, {"task_ids": part})
             for task_id, stream_id, version in rows:
                 self._versions[task_id] = (stream_id, version)
 
     def fold(self, task_id: str) -> TaskFold | None:
         """Return the stream as it is now in this transaction; None where there is none."""
-        staged = self._staged.get(task_id)
-        if staged is not None:
-            return staged.fold
+        known = self._folds.get(task_id)
+        if known is not None:  # one and the same, so that whoever holds it sees what is appended
+            return known
         if task_id not in self._versions:
             self.prefetch((task_id,))
         found = self._versions[task_id]
@@ -187,6 +194,7 @@ class Transaction:
                 f"{task_id} should be at version {version}, its events end at {fold.version}: "
                 "run `perdure verify`"
             )
+        self._folds[task_id] = fold
         return fold
 
     def _load(self, fold: TaskFold) -> None:
@@ -227,6 +235,7 @@ class Transaction:
         staged = self._staged.get(task_id)
         if staged is None:
             staged = self._staged[task_id] = _Staged(fold, actual + 1, new=actual == 0)
+            self._folds[task_id] = fold
         staged.events.extend(encoded)
         # A chunk changes no row: it only moves its stream on.
         staged.row_changed = staged.row_changed or any(type(event) is not Chunk for event in new)
@@ -319,13 +328,11 @@ class Transaction:
             execute(_INSERT_STREAM, stream_rows)
         execute(_INSERT_EVENT, event_rows)
         self._flush_rows()
-        execute(sa.update(log_head).values(position=position, digest=digest))
+        execute(_MOVE_HEAD, {"to_position": position, "to_digest": digest})
         return position, written
 
     def _head(self) -> tuple[int, bytes]:
-        row = self.connection.execute(
-            sa.select(log_head.c.position, log_head.c.digest).with_for_update()
-        ).one_or_none()
+        row = self.connection.execute(_HEAD).one_or_none()
         if row is None:
             raise DatabaseCorrupt("the log has lost its head row: restore a backup")
         return int(row.position), bytes(row.digest)

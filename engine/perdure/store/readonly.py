@@ -1,0 +1,239 @@
+"""Reading a database with nothing but the standard library.
+
+For commands that look something up and leave: starting SQLAlchemy and pydantic takes most of a
+second, the query itself a few milliseconds. The connection can't write, so looking never locks
+anybody out, and what people may look at is what they may open. It knows the tables by their public
+names and nothing of what events mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from perdure.errors import (
+    DatabaseCorrupt,
+    DatabaseIncompatible,
+    DatabaseUnavailable,
+    StoreError,
+)
+
+__all__ = [
+    "APPLICATION_ID",
+    "BUSY_SECONDS",
+    "REVISION",
+    "VIEWS",
+    "Reader",
+    "describe_error",
+    "reading_errors",
+    "refuse_missing",
+]
+
+# The migration this code is written for. A constant, since asking alembic costs most of a second.
+REVISION: Final = "0001"
+
+# "perd", in the header of every SQLite file that is ours.
+APPLICATION_ID: Final = 0x70657264
+
+VIEWS: Final = ("attempts", "batches", "task_events", "task_output", "usage_daily")
+
+BUSY_SECONDS: Final = 30.0
+
+Parameters = Mapping[str, object] | Sequence[object]
+
+# So often (in steps of SQLite's machine) Python gets to see that Ctrl-C was pressed.
+_STEPS: Final = 100_000
+_OURS: Final = frozenset({"alembic_version", "log_head", "events"})
+
+
+class Reader:
+    """A connection that can't change anything. Use it as a context manager.
+
+    Text that is no UTF-8, which only somebody else can have written, comes with surrogates.
+
+    Attributes:
+        path: The database's file.
+        connection: The plain connection, in autocommit mode: each query sees the latest commit.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.connection = _connect(path)
+        self._data_version = self._read_data_version()
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str]) -> Reader:
+        """Open a database of today's schema.
+
+        Args:
+            url: A file's path or `sqlite:///FILE`.
+
+        Raises:
+            DatabaseUnavailable: It isn't there, or can't be opened.
+            DatabaseIncompatible: It isn't perdure's, is still empty, or of another schema.
+        """
+        path = path_of(url)
+        refuse_missing(path)
+        with reading_errors(path):
+            reader = cls(path)
+            try:
+                reader._check()
+            except BaseException:
+                reader.close()
+                raise
+        return reader
+
+    def _check(self) -> None:
+        names = {row[0] for row in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        found = self.one("SELECT version_num FROM alembic_version") if names >= _OURS else None
+        if found is None or found[0] != REVISION:
+            # Telling what it is instead needs the migrations, which take a second to load.
+            from perdure.store.database import Database
+
+            Database(self.path).prepare(create=False, upgrade=False)
+
+    def rows(self, sql: str, parameters: Parameters = ()) -> Iterator[sqlite3.Row]:
+        """Yield the rows of a query as they are found.
+
+        Raises:
+            StoreError: The database can't be read.
+        """
+        with reading_errors(self.path):
+            cursor = self.connection.execute(sql, parameters)
+            try:
+                yield from cursor
+            finally:
+                cursor.close()
+
+    def one(self, sql: str, parameters: Parameters = ()) -> sqlite3.Row | None:
+        """Return the first row of a query; None where there is none."""
+        return next(self.rows(sql, parameters), None)
+
+    def changed(self) -> bool:
+        """Return whether anything was committed since this was last asked; takes microseconds."""
+        with reading_errors(self.path):
+            seen = self._read_data_version()
+        changed = seen != self._data_version
+        self._data_version = seen
+        return changed
+
+    def _read_data_version(self) -> int:
+        return int(self.connection.execute("PRAGMA data_version").fetchone()[0])
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self.connection.close()
+
+    def __enter__(self) -> Self:
+        """Return the reader."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+
+def path_of(url: str | os.PathLike[str]) -> Path:
+    """Return the file that a path or a `sqlite:///` URL stands for.
+
+    Raises:
+        DatabaseIncompatible: It is a URL that perdure can't use.
+    """
+    text = os.fspath(url)
+    if "://" not in text:
+        return Path(text).expanduser()
+    from perdure.store.database import parse_url  # URLs have rules; few people write one
+
+    return Path(str(parse_url(text).database))
+
+
+def refuse_missing(path: Path) -> None:
+    """Raise `DatabaseUnavailable` where there is no file at ``path``."""
+    if path.is_dir():
+        raise DatabaseUnavailable(f"{path} is a directory: give the path of a file")
+    if not path.exists():
+        raise DatabaseUnavailable(
+            f"there is no database at {path}: name one with --db or PERDURE_DB, "
+            "or run a task to create it"
+        )
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    try:
+        return _prepared(uri)
+    except sqlite3.OperationalError:
+        # SQLite keeps an index beside a database in WAL mode. Where it can't be created (a backup
+        # on a read-only disk) the file can be read all the same, as long as nobody writes to it.
+        wal = path.with_name(path.name + "-wal")
+        if os.access(path.parent, os.W_OK) or wal.exists() or not os.access(path, os.R_OK):
+            raise
+        return _prepared(f"{uri}&immutable=1")
+
+
+def _prepared(uri: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+    try:
+        connection.row_factory = sqlite3.Row
+        connection.text_factory = _text
+        connection.execute("PRAGMA query_only = ON")
+        connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()  # opens the file
+        connection.set_progress_handler(_go_on, _STEPS)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _text(stored: bytes) -> str:
+    return stored.decode(errors="surrogateescape")
+
+
+def _go_on() -> int:
+    # Being called is enough: Python raises KeyboardInterrupt here, and SQLite ends the query.
+    return 0
+
+
+@contextlib.contextmanager
+def reading_errors(path: Path) -> Generator[None, None, None]:
+    """Turn what `sqlite3` raises into a `StoreError` of one line, an interrupt back into itself."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorname", None) == "SQLITE_INTERRUPT":
+            raise KeyboardInterrupt from None
+        raise describe_error(str(error), path) from error
+
+
+def describe_error(message: str, path: Path) -> StoreError:
+    """Return the error for what SQLite said about the database at ``path``."""
+    what = " ".join(message.split())
+    lower = what.lower()
+    if "locked" in lower or "busy" in lower:
+        return DatabaseUnavailable(
+            f"{path} is locked by another process for more than {BUSY_SECONDS:.0f} s: "
+            "end what holds it and try again"
+        )
+    if "full" in lower:
+        return DatabaseUnavailable(f"no space left for {path}: free some and run again")
+    if "not a database" in lower:
+        return DatabaseIncompatible(f"{path} is not a database: choose another file with --db")
+    if "malformed" in lower or "corrupt" in lower:
+        return DatabaseCorrupt(
+            f"{path} is damaged ({what}): restore a backup, or see perdure doctor"
+        )
+    if "readonly" in lower or "read-only" in lower:
+        return DatabaseUnavailable(f"{path} can't be written to: check its owner and permissions")
+    if "unable to open" in lower:
+        return DatabaseUnavailable(f"can't open {path}: check the path and its permissions")
+    return DatabaseUnavailable(f"{path}: {what}")
