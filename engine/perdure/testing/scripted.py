@@ -103,6 +103,7 @@ class ScriptedAdapter:
             for step in self._script if self._per_call is None else self._per_call(call):
                 match step:
                     case Event():
+                        cut = not isinstance(step, Completed)  # who reads stops there
                         yield step
                     case str():
                         yield Chunk(text=step)

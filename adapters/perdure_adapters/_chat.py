@@ -1,0 +1,329 @@
+"""The chat-completions format: a call into a request, a stream of chunks into events.
+
+Everything here is pure: it reads whatever object or text a server may send in a chunk, by name and
+with suspicion, and knows neither the SDK nor the wire.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, cast
+
+from perdure.adapter import Call, LoadedFile
+from perdure.errors import InvalidRequest, Overloaded, StreamTruncated
+from perdure.events import Accepted, Chunk, ChunkKind, Completed, Event, UsageReported
+from perdure.task import Usage
+from perdure.text import check_json
+from perdure_adapters._prompt import GO_ON, file_kind, file_text, opening
+from perdure_adapters._sdk import typed_error
+
+__all__ = ["ChatReader", "chat_messages", "chat_parameters", "chat_usage"]
+
+# What the adapter decides itself; as an option it would break the reading of the answer.
+_RESERVED: Final = ("messages", "model", "n", "stream", "stream_options")
+
+_FINISH_REASONS: Final[Mapping[str, str]] = {
+    "content_filter": "content_filter",
+    "function_call": "tool_calls",
+    "length": "length",
+    "max_length": "length",
+    "max_tokens": "length",
+    "model_length": "length",
+    "refusal": "content_filter",
+    "safety": "content_filter",
+    "stop": "stop",
+    "tool_calls": "tool_calls",
+    "tool_use": "tool_calls",
+}
+# Reasons by which routers and servers say that they gave up: no answer, whatever came before.
+_FAULTS: Final = frozenset(
+    {"abort", "cancelled", "error", "insufficient_system_resource", "network_error"}
+)
+
+
+def chat_parameters(call: Call) -> dict[str, Any]:
+    """Return the body's fields besides the model and the messages.
+
+    Raises:
+        InvalidRequest: `options` holds a field that is the adapter's business.
+    """
+    options = call.task.options
+    for name in _RESERVED:
+        if name in options:
+            raise InvalidRequest(f"options.{name}: perdure sets this itself; remove it")
+    limits = call.task.limits
+    parameters: dict[str, Any] = {}
+    if limits.max_tokens is not None and "max_completion_tokens" not in options:
+        parameters["max_tokens"] = limits.max_tokens
+    if limits.temperature is not None:
+        parameters["temperature"] = limits.temperature
+    return {**parameters, **options}
+
+
+def chat_messages(call: Call) -> list[dict[str, Any]]:
+    """Return the conversation: system prompt, earlier turns, facts and files with the question.
+
+    Raises:
+        InvalidRequest: A file is neither text nor an image.
+    """
+    task = call.task
+    messages: list[dict[str, Any]] = []
+    if task.system:
+        messages.append({"role": "system", "content": task.system})
+    messages += [{"role": turn.role, "content": turn.content} for turn in task.messages[:-1]]
+    texts, images = _sorted_files(call.files)
+    question = opening(task, texts) + task.question
+    content: str | list[dict[str, Any]] = question
+    if images:
+        content = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in images]
+        content.append({"type": "text", "text": question})
+    messages.append({"role": "user", "content": content})
+    if call.resume is not None and call.resume.output:
+        messages.append({"role": "assistant", "content": call.resume.output})
+        messages.append({"role": "user", "content": GO_ON})
+    return messages
+
+
+def _sorted_files(files: Sequence[LoadedFile]) -> tuple[list[tuple[str, str]], list[LoadedFile]]:
+    texts: list[tuple[str, str]] = []
+    images: list[LoadedFile] = []
+    for file in files:
+        kind = file_kind(file.attachment)
+        if kind == "text":
+            texts.append((file.attachment.name, file_text(file)))
+        elif kind == "image":
+            images.append(file)
+        else:
+            raise InvalidRequest(
+                f"the file {file.attachment.name!r} is {file.attachment.media_type}; this platform "
+                "takes text and images (PNG, JPEG, GIF, WebP): convert it, or leave it out"
+            )
+    return texts, images
+
+
+def _data_url(file: LoadedFile) -> str:
+    return f"data:{file.attachment.media_type};base64,{base64.b64encode(file.data).decode()}"
+
+
+def chat_usage(usage: object) -> Usage:
+    """Return the tokens a chat server reports: totals that include the cached and the reasoned."""
+    prompt_details = getattr(usage, "prompt_tokens_details", None)
+    output_details = getattr(usage, "completion_tokens_details", None)
+    input_tokens = _count(usage, "prompt_tokens")
+    output_tokens = _count(usage, "completion_tokens")
+    reasoning = _count(output_details, "reasoning_tokens")
+    if reasoning and input_tokens is not None and output_tokens is not None:
+        # Some servers leave reasoning out of the output; the total gives it away.
+        missing = (_count(usage, "total_tokens") or 0) - input_tokens - output_tokens
+        if missing == reasoning:
+            output_tokens += reasoning
+    return Usage(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        cache_read_tokens=_count(prompt_details, "cached_tokens"),
+        cache_write_tokens=_count(prompt_details, "cache_write_tokens"),
+        reasoning_tokens=reasoning,
+        raw=_raw(usage),
+    )
+
+
+def _count(holder: object, name: str) -> int | None:
+    value = getattr(holder, name, None)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _raw(usage: object) -> dict[str, Any] | None:
+    dump = getattr(usage, "model_dump", None)
+    if dump is None:
+        return None
+    try:
+        return cast("dict[str, Any]", check_json(dump(exclude_unset=True, warnings=False)))
+    except ValueError:  # a number no database takes: the counts above are what matters
+        return None
+
+
+class ChatReader:
+    """Turns the chunks of one stream into events; `finish` decides whether it was an answer.
+
+    Args:
+        request_id: The platform's id of the request, from the response's headers.
+        note: Something to tell about this attempt.
+    """
+
+    def __init__(self, request_id: str | None = None, note: str | None = None) -> None:
+        self._request_id = request_id
+        self._note = note
+        self._accepted = False
+        self._characters = 0
+        self._finish_reason: str | None = None
+        self._refused = False
+        self._usage: Usage | None = None
+        self._tools = _ToolCalls()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the platform's own end marker has come: the answer is whole."""
+        return self._finish_reason is not None
+
+    def feed(self, chunk: object) -> Iterator[Event]:
+        """Yield what ``chunk`` says.
+
+        Raises:
+            PlatformError: It says that the server failed.
+        """
+        if getattr(chunk, "object", None) == "error":  # older servers, without an `error` around it
+            raise typed_error(
+                _text(chunk, "message") or "the server reported an error",
+                names=(str(getattr(chunk, "code", "")), _text(chunk, "type")),
+                request_id=self._request_id,
+            )
+        if not self._accepted:
+            self._accepted = True
+            yield Accepted(
+                response_id=_text(chunk, "id") or None,
+                request_id=self._request_id,
+                model=_text(chunk, "model") or None,
+                note=self._note,
+            )
+        choice = _first_choice(chunk)
+        if choice is not None:
+            yield from self._delta(getattr(choice, "delta", None))
+            self._finish_reason = _text(choice, "finish_reason") or self._finish_reason
+        usage = getattr(chunk, "usage", None)
+        if usage is not None:
+            self._usage = chat_usage(usage)
+            if choice is not None:
+                yield UsageReported(usage=self._usage)
+
+    def finish(self) -> Iterator[Event]:
+        """Yield what is left, `Completed` as the last.
+
+        Raises:
+            StreamTruncated: The stream ended without the platform's end marker.
+            Overloaded: The platform's end marker says that it gave up.
+        """
+        reason = self._finish_reason
+        if reason is None:
+            raise StreamTruncated(
+                f"the stream ended without a finish reason, after {self._characters} characters "
+                "of text",
+                request_id=self._request_id,
+            )
+        if reason.lower() in _FAULTS:
+            raise Overloaded(
+                f"the server gave up with the finish reason {reason!r}",
+                request_id=self._request_id,
+            )
+        rest = self._tools.close()
+        if rest:
+            yield Chunk(text=rest, kind="tool_call")
+        normal = "content_filter" if self._refused else _FINISH_REASONS.get(reason.lower(), "stop")
+        yield Completed(finish_reason=normal, platform_finish_reason=reason, usage=self._usage)
+
+    def _delta(self, delta: object) -> Iterator[Event]:
+        if delta is None:
+            return
+        reasoning = _text(delta, "reasoning_content") or _text(delta, "reasoning")
+        if reasoning:
+            yield Chunk(text=reasoning, kind="reasoning")
+        for kind, text in _content(delta):
+            self._characters += len(text) if kind == "text" else 0
+            yield Chunk(text=text, kind=kind)
+        refusal = _text(delta, "refusal")
+        if refusal:
+            self._refused = True
+            self._characters += len(refusal)
+            yield Chunk(text=refusal)
+        called = "".join(self._tools.feed(call) for call in _list(delta, "tool_calls"))
+        if called:
+            yield Chunk(text=called, kind="tool_call")
+
+
+class _ToolCalls:
+    """Writes tool calls as text: one JSON object a line, its arguments as they come.
+
+    `{"id": …, "name": …, "arguments": …}`; whole as soon as the next call or the end is there.
+    """
+
+    def __init__(self) -> None:
+        self._index: object = None
+        self._id: str = ""
+        self._open = False
+        self._arguments = False
+
+    def feed(self, call: object) -> str:
+        """Return the text that one delta adds."""
+        function = getattr(call, "function", None)
+        index = getattr(call, "index", None)
+        id_ = _text(call, "id")
+        text = ""
+        # Some servers number all calls 0 and tell them apart by their id alone.
+        if not self._open or index != self._index or (id_ and id_ != self._id):
+            text = self.close()
+            self._index, self._id, self._open, self._arguments = index, id_, True, False
+            name = _text(function, "name")
+            text += f'{{"id":{_quoted(id_)},"name":{_quoted(name)},"arguments":'
+        arguments: object = getattr(function, "arguments", None)
+        if arguments is not None and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        if arguments:
+            self._arguments = True
+            text += arguments
+        return text
+
+    def close(self) -> str:
+        """Return what completes the call that is open; empty where none is."""
+        if not self._open:
+            return ""
+        self._open = False
+        return "}\n" if self._arguments else "{}}\n"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _first_choice(chunk: object) -> object | None:
+    for choice in _list(chunk, "choices"):
+        if getattr(choice, "index", 0) in (0, None):
+            return choice
+    return None
+
+
+def _content(delta: object) -> Iterator[tuple[ChunkKind, str]]:
+    """Yield the pieces of a content; some servers send it as a list of typed parts."""
+    content = getattr(delta, "content", None)
+    if isinstance(content, str) and content:
+        yield "text", content
+    for part in _list(delta, "content"):
+        if isinstance(part, Mapping):
+            yield from _part(cast("Mapping[str, object]", part))
+
+
+def _part(part: Mapping[str, object]) -> Iterator[tuple[ChunkKind, str]]:
+    thinking = part.get("thinking")
+    said: list[tuple[ChunkKind, object]] = [("reasoning", thinking), ("text", part.get("text"))]
+    if isinstance(thinking, list):
+        thoughts = cast("list[object]", thinking)
+        said.extend(("reasoning", _field(thought, "text")) for thought in thoughts)
+    for kind, text in said:
+        if isinstance(text, str) and text:
+            yield kind, text
+
+
+def _field(part: object, name: str) -> object:
+    return cast("Mapping[str, object]", part).get(name) if isinstance(part, Mapping) else None
+
+
+def _list(holder: object, name: str) -> list[object]:
+    value = getattr(holder, name, None)
+    return cast("list[object]", value) if isinstance(value, list) else []
+
+
+def _text(holder: object, name: str) -> str:
+    value = getattr(holder, name, None)
+    return value if isinstance(value, str) else ""
