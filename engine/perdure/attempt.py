@@ -49,7 +49,7 @@ from perdure.store.claims import Claimed
 from perdure.store.log import EventLog
 from perdure.store.transaction import Transaction
 from perdure.task import TaskStatus, Usage
-from perdure.text import clean_text
+from perdure.text import check_json, clean_text
 
 __all__ = ["Attempt", "Stop", "Timing"]
 
@@ -153,7 +153,8 @@ class Attempt:
         self._room = asyncio.Event()
         self._stream: AsyncGenerator[Event, None] | None = None
         self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
-        self._lost = False
+        self._over = False  # nothing more may be written: it was lost, has ended, or the log broke
+        self._closing = False
         self._accepted = claimed.state.accepted
         self._failure: Exception | None = None
 
@@ -170,6 +171,8 @@ class Attempt:
         """
         deaf = self._log.feed.listen(self.task_id, self._notice, since=self._since)
         reading = asyncio.create_task(self._read())
+        if self._stop.done():
+            reading.cancel()  # before it began: the platform isn't even asked
         writing = asyncio.create_task(self._write_gathered())
         try:
             await asyncio.wait(
@@ -195,12 +198,14 @@ class Attempt:
 
     def _lost_to(self, attempt: int) -> None:
         if attempt == self._state.attempt:  # else it is an older one, told once more
-            self._lost = True
+            self._over = True
             self.stop(Stop.LOST)
 
     async def _read(self) -> Completed:
         self._stream = self._adapter.run(self._call)
         async for event in self._stream:
+            if self._closing and not isinstance(event, Completed):
+                raise asyncio.CancelledError  # the adapter swallowed the one before
             _check_storable(event)
             match event:
                 case Chunk():
@@ -266,18 +271,23 @@ class Attempt:
     ) -> None:
         async with self._appending:
             gathered = self._take(ending)
-            while not self._lost:
-                events = (*gathered, *decide(self._state))
-                if not events:
+            try:
+                while not self._over:
+                    events = (*gathered, *decide(self._state))
+                    if not events:
+                        return
+                    try:
+                        version = await self._log.append(self.task_id, events, self._state.version)
+                    except ConcurrencyError:
+                        await self._look_again()
+                        continue
+                    self._state = self._state._replace(version=version)
+                    self._over = self._over or ending
+                    self._room.set()
                     return
-                try:
-                    version = await self._log.append(self.task_id, events, self._state.version)
-                except ConcurrencyError:
-                    await self._look_again()
-                    continue
-                self._state = self._state._replace(version=version)
-                self._room.set()
-                return
+            except (StoreError, EngineClosed):
+                self._over = True  # what was taken is lost, so nothing may follow it
+                raise
 
     def _take(self, ending: bool) -> list[Event]:
         gathered, self._gathered = self._gathered, _Gathered()
@@ -325,7 +335,7 @@ class Attempt:
             and state.attempt == self._state.attempt
         )
         if not ours or state is None:
-            self._lost = True
+            self._over = True
             self.stop(Stop.LOST)
             return
         self._state = state
@@ -335,11 +345,11 @@ class Attempt:
     # -- the ending ------------------------------------------------------------------------------
 
     async def _finish(self, reading: asyncio.Task[Completed]) -> None:
-        if reading.done():
+        why = self._stop.result() if self._stop.done() else None
+        if reading.done() and (why is None or not reading.cancelled()):
             # The platform's end was there first: a cancellation that comes now is too late.
             await self._conclude(reading)
             return
-        why = self._stop.result() if self._stop.done() else None
         await self._close_quietly(reading)
         if reading.done() and not reading.cancelled() and reading.exception() is None:
             await self._conclude(reading)  # it ended while it was being closed
@@ -375,13 +385,13 @@ class Attempt:
         try:
             async with asyncio.timeout(self._timing.closing_seconds):
                 await self._adapter.stop(accepted.response_id)
-        except (PlatformError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the task ends all the same
             _log.warning(
                 "%s: %r could not be stopped: %s", self.task_id, accepted.response_id, error
             )
 
     async def _conclude(self, reading: asyncio.Task[Completed]) -> None:
-        error = reading.exception()
+        error = asyncio.CancelledError() if reading.cancelled() else reading.exception()
         if error is None:
             await self._complete(reading.result())
         elif isinstance(error, PlatformError):
@@ -455,14 +465,18 @@ class Attempt:
     async def _close_quietly(self, reading: asyncio.Task[Completed]) -> None:
         """Stop reading and close the stream; an adapter that won't is left behind, and named."""
         if not reading.done():
+            self._closing = True
             reading.cancel()
             done, _pending = await asyncio.wait({reading}, timeout=self._timing.closing_seconds)
             if not done:
                 _log.error("the adapter %r does not let itself be stopped", self._adapter.platform)
                 return
         if self._stream is not None:
-            with contextlib.suppress(Exception, asyncio.CancelledError):
-                await self._stream.aclose()
+            closing = asyncio.create_task(_aclose(self._stream))
+            await asyncio.wait({closing}, timeout=self._timing.closing_seconds)
+            if not closing.done():
+                _log.error("the adapter %r does not end its stream", self._adapter.platform)
+                closing.cancel()
 
     async def _stop_writing(self, writing: asyncio.Task[None]) -> None:
         async with self._appending:  # what is being written is written to its end
@@ -476,6 +490,8 @@ def _check_storable(event: Event) -> None:
         return
     try:
         encode(event.model_copy(update={"text": ""}) if isinstance(event, Chunk) else event)
+        if isinstance(event, (UsageReported, Completed)) and event.usage is not None:
+            check_json(event.usage.model_dump(exclude={"raw"}))  # columns hold 63 bits
     except (TypeError, ValueError) as error:
         raise FinalError(
             f"the adapter yielded {event.type!r} with something that can't be stored: {error}"
@@ -490,6 +506,11 @@ class _AdapterFault(FinalError):
 
 
 _AdapterFault.__name__ = "AdapterFault"
+
+
+async def _aclose(stream: AsyncGenerator[Event, None]) -> None:
+    with contextlib.suppress(Exception):
+        await stream.aclose()
 
 
 async def _uninterrupted(work: asyncio.Future[Any]) -> Any:  # noqa: ANN401

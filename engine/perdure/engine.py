@@ -26,6 +26,7 @@ from perdure.store.claims import Scope
 from perdure.store.database import Database
 from perdure.store.log import EventLog
 from perdure.store.maintenance import redact
+from perdure.store.readonly import default_database
 from perdure.store.records import (
     TaskFilter,
     TaskRecord,
@@ -42,16 +43,6 @@ from perdure.task import Result, Task, TaskStatus
 from perdure.worker import Worker, WorkerSettings
 
 __all__ = ["Engine", "default_database", "execute", "whoami"]
-
-
-def default_database() -> str:
-    """Return the database that is used where none is named: `PERDURE_DB`, or one per user."""
-    named = os.environ.get("PERDURE_DB")
-    if named:
-        return named
-    from platformdirs import user_data_path
-
-    return str(user_data_path("perdure", appauthor=False) / "perdure.db")
 
 
 def whoami() -> str:
@@ -176,9 +167,10 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        await self.worker.close()
+        await self.worker.cancel_running()
         if self._working is not None:
             await asyncio.wait({self._working})
+        await self.worker.close()
         await self.platforms.close()
         await self.log.close()
         await self.database.close()
@@ -411,7 +403,11 @@ class Engine:
 
     async def run_until_done(self) -> None:
         """Run the scope's tasks until none is pending or running, in any process."""
-        await self.worker.run(until_done=True)
+        self.worker.stop_when_done()
+        self.start_running()
+        if self._working is not None:
+            await asyncio.wait({self._working})
+            self._working.result()
 
     async def stop_running(self, why: Stop = Stop.HAND_BACK) -> None:
         """Stop what runs here: handed back, or cancelled with its partial output kept."""

@@ -35,6 +35,8 @@ Messages are one line each and say what happened, to what, and what to do about 
 
 from __future__ import annotations
 
+from typing import Any
+
 from perdure.text import clean_text
 
 __all__ = [
@@ -70,6 +72,16 @@ __all__ = [
 
 class PerdureError(Exception):
     """The root: ``except PerdureError`` catches everything perdure raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let errors cross processes whose constructors take something else than a message."""
+        return _revive, (type(self), self.args, vars(self))
+
+
+def _revive(kind: type[PerdureError], args: tuple[Any, ...], state: dict[str, Any]) -> PerdureError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
 
 
 class InvalidTask(PerdureError):

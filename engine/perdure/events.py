@@ -307,6 +307,8 @@ def encode(event: Event) -> EncodedEvent:
         plain: dict[str, Any] = {"kind": event.kind, "offset": event.offset, "text": event.text}
         if event.cursor is not None:
             plain["cursor"] = event.cursor
+        if event.length is not None:
+            plain["length"] = event.length
     else:
         plain = event.model_dump(mode="json", exclude_none=True)
     return EncodedEvent(event.type, event.schema_version, canonical(plain))

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from perdure.errors import InvalidTransition
 from perdure.events import (
@@ -101,7 +101,9 @@ class TaskState(NamedTuple):
     @property
     def total_usage(self) -> Usage:
         """Tokens of all attempts."""
-        return (self.earlier_usage or _NO_USAGE) + (self.usage or _NO_USAGE)
+        if self.earlier_usage is None:
+            return self.usage or _NO_USAGE
+        return self.earlier_usage + (self.usage or _NO_USAGE)
 
     @property
     def total_cost(self) -> float | None:
@@ -135,7 +137,7 @@ def evolve(state: TaskState | None, event: Event, at: datetime) -> TaskState:
             raise InvalidTransition(f"{event.type!r} can't be the first event of a task")
         if not event.platforms:
             raise InvalidTransition("'submitted' names no platform")
-        constraints: dict[str, Any] = event.task.get("constraints") or {}
+        constraints = event.task.get("constraints")
         return TaskState(
             version=1,
             status=TaskStatus.PENDING,
@@ -143,7 +145,9 @@ def evolve(state: TaskState | None, event: Event, at: datetime) -> TaskState:
             platform=event.platforms[0],
             submitted_at=at,
             available_at=at,
-            model=constraints.get("model"),
+            model=cast("dict[str, Any]", constraints).get("model")
+            if isinstance(constraints, dict)
+            else None,
         )
     rule = _RULES.get(type(event))
     if rule is None:
@@ -157,6 +161,8 @@ def evolve(state: TaskState | None, event: Event, at: datetime) -> TaskState:
 def _running(state: TaskState, event: Running, at: datetime) -> TaskState:
     if event.attempt != state.attempt + 1:
         raise InvalidTransition(f"attempt {event.attempt} can't follow attempt {state.attempt}")
+    if event.platform not in state.platforms:
+        raise InvalidTransition(f"the task is not for the platform {event.platform!r}")
     same_call = event.mode == "reattach"
     if same_call and (state.accepted is None or not state.accepted.reattachable):
         raise InvalidTransition("there is nothing to re-attach to")
@@ -245,7 +251,7 @@ def _interrupted(state: TaskState, event: Interrupted, at: datetime) -> TaskStat
         version=state.version + 1,
         status=TaskStatus.PENDING,
         worker=None,
-        interruptions=state.interruptions + 1,
+        interruptions=state.interruptions + (event.reason == "worker_lost"),
         next_mode=event.next if event.next in ("continue", "reattach") else "restart",
         available_at=at,
     )
@@ -287,7 +293,9 @@ def _redacted(state: TaskState, event: Redacted, at: datetime) -> TaskState:
 
 
 def _end(state: TaskState, usage: Usage | None, cost: float | None, at: datetime) -> TaskState:
-    paid = _paid(state, usage, cost) if state.status is TaskStatus.RUNNING else state
+    # A pending task's attempts are paid for, but for a call that was to be picked up again.
+    open_ = state.status is TaskStatus.RUNNING or state.next_mode == "reattach"
+    paid = _paid(state, usage, cost) if open_ else state
     return paid._replace(version=state.version + 1, worker=None, ended_at=at)
 
 

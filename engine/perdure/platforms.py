@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Final
 
 from perdure.adapter import Adapter
-from perdure.errors import NotConfigured, UnknownPlatform
+from perdure.errors import NotConfigured, PlatformError, UnknownPlatform
 
 __all__ = ["GROUP", "Platforms"]
 
 GROUP = "perdure.platforms"
+CLOSING_SECONDS: Final = 10.0
+
+_log: Final = logging.getLogger("perdure")
 
 
 class Platforms:
@@ -63,14 +68,21 @@ class Platforms:
 
     async def close(self) -> None:
         """Close the adapters that were made."""
-        for adapter in self._made.values():
-            await adapter.close()
+        for name, adapter in self._made.items():
+            try:
+                async with asyncio.timeout(CLOSING_SECONDS):
+                    await adapter.close()
+            except Exception as error:  # noqa: BLE001 - the rest is to be closed too
+                _log.warning("the platform %r could not be closed: %r", name, error)
 
 
 def _make(found: EntryPoint) -> Adapter:
     try:
         factory: Any = found.load()
-    except ImportError as error:
-        raise NotConfigured(f"the platform {found.name!r} can't be loaded: {error}") from error
-    adapter: Adapter = factory()
+        adapter: Adapter = factory()
+    except PlatformError:
+        raise
+    except Exception as error:  # whatever is wrong with one platform, the others go on
+        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise NotConfigured(f"the platform {found.name!r} can't be loaded: {what}") from error
     return adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -11,6 +12,7 @@ from perdure.errors import PlatformError, TimeLimitExceeded
 from perdure.events import AttemptFailed, Cancelled, Event, Failed, Interrupted
 from perdure.lifecycle import TaskState
 from perdure.task import Recovery, Usage
+from perdure.text import clean_text
 
 __all__ = ["RetryPolicy", "after_failure", "after_interruption", "cancelled"]
 
@@ -44,7 +46,7 @@ class RetryPolicy:
             chance: A random number from 0 to 1.
         """
         backoff = chance * min(self.cap_seconds, self.base_seconds * 2.0 ** min(failures - 1, 30))
-        if retry_after is None:
+        if retry_after is None or math.isnan(retry_after):
             return backoff
         return min(max(retry_after, 0.0), self.retry_after_cap_seconds) + 0.1 * backoff
 
@@ -71,7 +73,8 @@ def after_failure(
 ) -> Event:
     """Return what an attempt's error leads to: another try, the next platform, or the end."""
     error_class = type(error).__name__
-    message = error.message or error_class
+    message = clean_text(error.message) or error_class  # an error's text may hold anything
+    request_id = None if error.request_id is None else clean_text(error.request_id)
     # The time limit is the task's, not the platform's: there is no time left on any other one.
     last = state.platform == state.platforms[-1] or isinstance(error, TimeLimitExceeded)
     again = error.retryable and state.failures + 1 < max_attempts
@@ -80,7 +83,7 @@ def after_failure(
             error_class=error_class,
             message=message,
             status=error.status,
-            request_id=error.request_id,
+            request_id=request_id,
             attempts=state.attempt,
             output_length=output_length,
             usage=spent.usage,
@@ -93,7 +96,7 @@ def after_failure(
         error_class=error_class,
         message=message,
         status=error.status,
-        request_id=error.request_id,
+        request_id=request_id,
         retryable=error.retryable,
         retry_after=error.retry_after,
         next="retry" if again else "fallback",
@@ -113,7 +116,8 @@ def after_interruption(
     """Return what becomes of a running task whose worker is gone or gives it back."""
     reattachable = state.accepted is not None and state.accepted.reattachable
     recovery = Recovery(constraints.get("recovery", Recovery.RESTART))
-    worn_out = state.interruptions + 1 > policy.max_interruptions
+    # What was handed back lost no worker: it doesn't count.
+    worn_out = not handed_back and state.interruptions + 1 > policy.max_interruptions
 
     def interrupted(following: Any) -> Interrupted:  # noqa: ANN401 - one of Interrupted.next
         return Interrupted(

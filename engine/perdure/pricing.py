@@ -40,6 +40,6 @@ def price(
             provider_id=provider,
             genai_request_timestamp=at,
         )
-    except LookupError:
+    except (LookupError, ValueError):  # not in the table, or counts that contradict each other
         return None, None
     return float(found.total_price), f"genai-prices {version('genai-prices')}"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Self
+from typing import Any, Self
 
 from perdure.events import Chunk, ChunkKind
 
@@ -39,6 +39,11 @@ class TextChunk(str):
         chunk.version = version
         chunk.kind = kind
         return chunk
+
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, Any]]:
+        """Let pieces be copied, and cross processes."""
+        place = {"offset": self.offset, "version": self.version, "kind": self.kind}
+        return (str(self),), place
 
     @classmethod
     def of(cls, event: Chunk, version: int) -> Self:

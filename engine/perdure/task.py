@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from perdure.errors import InvalidTask
-from perdure.text import check_json, check_text
+from perdure.text import check_json, check_text, one_line
 
 __all__ = [
     "Attachment",
@@ -97,7 +97,7 @@ def _non_blank(text: str) -> str:
 def _storable(text: str) -> str:
     if len(text) > MAX_TEXT:
         raise ValueError(
-            f"is {len(text) / 2**20:.1f} million characters long; the limit is {MAX_TEXT // 2**20}"
+            f"is {len(text) / 1e6:.1f} million characters long; the limit is {MAX_TEXT / 1e6:.1f}"
         )
     return check_text(text)
 
@@ -140,7 +140,7 @@ def describe_invalid(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _describe_finding(finding: Any, model: type[BaseModel]) -> str:  # noqa: ANN401
-    where = ".".join(str(part) for part in finding["loc"]) or "task"
+    where = one_line(".".join(str(part) for part in finding["loc"])) or "task"
     if finding["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(finding["loc"][-1]), model.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -7,7 +7,15 @@ import re
 from collections.abc import Iterable
 from typing import Final, TypeAlias, Union, cast
 
-__all__ = ["JsonObject", "JsonValue", "check_json", "check_text", "clean_text", "printable"]
+__all__ = [
+    "JsonObject",
+    "JsonValue",
+    "check_json",
+    "check_text",
+    "clean_text",
+    "one_line",
+    "printable",
+]
 
 JsonValue: TypeAlias = Union[bool, int, float, str, "list[JsonValue]", "dict[str, JsonValue]", None]
 JsonObject: TypeAlias = dict[str, JsonValue]
@@ -45,6 +53,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(_visible, text.replace("\r\n", "\n"))
 
 
+def one_line(text: str) -> str:
+    """Return ``text`` on one line, with terminal escapes made visible."""
+    return " ".join(printable(text).split())
+
+
 def _visible(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
@@ -64,7 +77,8 @@ def check_json(value: object, depth: int = 0) -> JsonValue:
         return check_text(str(value))
     if isinstance(value, int):
         if abs(value) > _LARGEST_INT:
-            raise ValueError(f"holds the number {value}, beyond 64 bits; store it as text")
+            bits = value.bit_length() + 1
+            raise ValueError(f"holds an integer of {bits} bits, beyond 64; store it as text")
         return int(value)
     if isinstance(value, float):
         return _check_float(value)

@@ -85,8 +85,10 @@ class Worker:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._attempts: dict[str, Attempt] = {}
         self._wake = asyncio.Event()
+        self._claiming = asyncio.Lock()
         self._more = True  # whether something may be due that we haven't been told of
         self._stopping = False
+        self._until_done = False
         self._stop_all: Stop | None = None
         self._registered = False
         self._failure: PerdureError | None = None
@@ -122,15 +124,21 @@ class Worker:
         self._stopping = True
         self._wake.set()
 
+    def stop_when_done(self) -> None:
+        """End as soon as nothing in the scope is pending or running, in any process."""
+        self._until_done = True
+        self._wake.set()
+
     async def run(self, *, until_done: bool = False) -> None:
         """Run tasks until `stop_claiming`, and then until what runs has ended.
 
         Args:
-            until_done: End as soon as nothing in the scope is pending or running, in any process.
+            until_done: As `stop_when_done`, from the beginning.
 
         Raises:
             StoreError: The database can't do its part any more.
         """
+        self._until_done = self._until_done or until_done
         if not self._registered:
             self._registered = True
             await self._log.write(lambda tx: claims.register_worker(tx, self.worker_id))
@@ -140,7 +148,8 @@ class Worker:
             while not self._stopping and self._failure is None:
                 self._wake.clear()
                 began = await self._begin_due()
-                if until_done and not began and not self._running and await self._nothing_left():
+                idle = not began and not self._running
+                if idle and self._until_done and await self._nothing_left():
                     break
                 if not began or len(self._running) >= self.settings.concurrency:
                     await self._sleep()
@@ -158,6 +167,8 @@ class Worker:
         self._stop_all = why
         for attempt in tuple(self._attempts.values()):
             attempt.stop(why)
+        async with self._claiming:  # what is being claimed is known after that
+            pass
         running = set(self._running.values())
         if running:
             await asyncio.wait(running)
@@ -173,6 +184,10 @@ class Worker:
     # -- claiming --------------------------------------------------------------------------------
 
     async def _begin_due(self) -> int:
+        async with self._claiming:
+            return await self._claim_due()
+
+    async def _claim_due(self) -> int:
         free = self.settings.concurrency - len(self._running)
         if free <= 0:
             return 0
@@ -181,6 +196,8 @@ class Worker:
             due = await claims.next_due(self._database, scope)
             if due is None or due > datetime.now(UTC):
                 return 0
+        if self._stopping:
+            return 0
         self._more = False
         models = {name: a.default_model for name, a in self._platforms.made.items()}
         claimed, head = await self._log.write_at(

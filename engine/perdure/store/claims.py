@@ -18,6 +18,7 @@ from perdure.store.database import Database
 from perdure.store.projection import TaskFold
 from perdure.store.schema import blobs, events, tasks, workers
 from perdure.store.transaction import IN_LIMIT, Transaction, chunks_of
+from perdure.task import TaskStatus
 
 __all__ = [
     "Claimed",
@@ -108,6 +109,8 @@ def claim(
     claimed: list[Claimed] = []
     for task_id, fold in folds.items():
         before = fold.state
+        if before.status is not TaskStatus.PENDING:
+            continue  # cancelled in this very transaction, whose rows come last
         started = Running(
             attempt=before.attempt + 1,
             worker=worker,
@@ -117,6 +120,8 @@ def claim(
         )
         tx.append(task_id, (started,), before.version)
         claimed.append(Claimed(task_id, fold.state, asked[fold.stream_id], fold.text, before))
+    if claimed:
+        beat(tx, worker)  # who owns something is never without a row that says it is alive
     return claimed
 
 
@@ -219,12 +224,13 @@ def forget_worker(tx: Transaction, worker: str) -> None:
 
 async def find_lost(database: Database, lease: timedelta, now: datetime) -> list[str]:
     """Return the workers that are gone, and owners of running tasks that nobody knows."""
-    rows = await database.rows(sa.select(workers))
-    gone = [row["worker_id"] for row in rows if not _alive(row, lease, now)]
-    known = {row["worker_id"] for row in rows}
+    # The owners first: one that registers and claims in between must not look unknown.
     owners = await database.rows(
         sa.select(tasks.c.worker).where(tasks.c.status == "running").distinct()
     )
+    rows = await database.rows(sa.select(workers))
+    gone = [row["worker_id"] for row in rows if not _alive(row, lease, now)]
+    known = {row["worker_id"] for row in rows}
     return [*gone, *(row["worker"] for row in owners if row["worker"] not in known)]
 
 
@@ -268,6 +274,8 @@ def recover(
     folds = _folds(tx, owned)
     asked = _submitted(tx, folds.values())
     for task_id, fold in folds.items():
+        if fold.state.status is not TaskStatus.RUNNING or fold.state.worker != lost:
+            continue  # changed in this very transaction, whose rows come last
         constraints: dict[str, Any] = asked[fold.stream_id].task.get("constraints") or {}
         tx.append(task_id, decide(fold.state, constraints), fold.version)
     if not owned:

@@ -19,11 +19,12 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import orjson
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL, make_url
@@ -39,7 +40,7 @@ from perdure.errors import (
 from perdure.store import schema
 from perdure.store.readonly import BUSY_SECONDS, Reader, describe_error, refuse_missing
 
-__all__ = ["Database", "Writer", "parse_url", "translate"]
+__all__ = ["Database", "Writer", "overwrite_deleted", "parse_url", "translate"]
 
 T = TypeVar("T")
 
@@ -219,6 +220,15 @@ class Database:
 
         return await self.read(query)
 
+    def pairs(self, values: Mapping[str, str]) -> sa.TableValuedAlias:
+        """Return a table of ``values``, with the columns `key` and `value`, as one parameter."""
+        return sa.func.json_each(orjson.dumps(values).decode()).table_valued("key", "value")
+
+    def is_one_of(self, column: sa.Column[Any], values: Iterable[str]) -> sa.ColumnElement[bool]:
+        """Return the condition that ``column`` has one of ``values``: one parameter for all."""
+        listed = sa.func.json_each(orjson.dumps(list(values)).decode()).table_valued("value")
+        return column.in_(sa.select(listed.c.value))
+
     async def pages(
         self, statement: sa.Select[Any], after: sa.Column[Any], size: int = 1000
     ) -> AsyncGenerator[list[sa.RowMapping], None]:
@@ -285,7 +295,8 @@ class Writer:
 
     def others_committed(self) -> bool:
         """Return whether another connection has committed since this was last asked."""
-        seen = self._read_data_version()
+        with translate(self._path):
+            seen = self._read_data_version()
         changed = seen != self._data_version
         self._data_version = seen
         return changed
@@ -298,18 +309,37 @@ class Writer:
         self._wal_size = size
         if size < self._checkpoint_at:
             return
-        if self._guard is None:
-            self._guard = sqlite3.connect(self._path, isolation_level=None, timeout=BUSY_SECONDS)
-            self._guard.execute("PRAGMA wal_autocheckpoint = 0")
+        self.checkpoint()
+        # The next commit starts the WAL anew, unless a reader still looks at it; then trying again
+        # at every commit would cost an fsync and bring nothing.
+        self._checkpoint_at = max(size, CHECKPOINT_BYTES) + CHECKPOINT_STEP
+
+    def checkpoint(self) -> None:
+        """Copy the WAL back into the database, with all writers kept out."""
         with translate(self._path):
+            if self._guard is None:
+                self._guard = sqlite3.connect(
+                    self._path, isolation_level=None, timeout=BUSY_SECONDS
+                )
+                self._guard.execute("PRAGMA wal_autocheckpoint = 0")
             self._guard.execute("BEGIN IMMEDIATE")
             try:
                 self._raw.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
             finally:
                 self._guard.execute("ROLLBACK")
-        # The next commit starts the WAL anew, unless a reader still looks at it; then trying again
-        # at every commit would cost an fsync and bring nothing.
-        self._checkpoint_at = max(size, CHECKPOINT_BYTES) + CHECKPOINT_STEP
+
+    def vacuum(self, *, full: bool) -> None:
+        """Give the space that nothing needs any more back to the disk.
+
+        Args:
+            full: Write the whole file anew, which takes as much space again while it lasts.
+        """
+        with translate(self._path):
+            if full:
+                self._raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            # A step of it frees a page, so it must be stepped to its end.
+            self._raw.execute("VACUUM" if full else "PRAGMA incremental_vacuum").fetchall()
+        self.checkpoint()
 
     def close(self) -> None:
         """Close everything; the last one to leave copies the WAL back."""
@@ -317,6 +347,12 @@ class Writer:
             self._guard.close()
         self.connection.close()
         self._engine.dispose()
+
+
+def overwrite_deleted(connection: Connection) -> None:
+    """Have what this connection deletes overwritten in the file, not only marked as free."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("PRAGMA secure_delete = ON").close()
 
 
 def alembic_config(connection: Connection) -> Any:  # noqa: ANN401 - alembic is imported lazily

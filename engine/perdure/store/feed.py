@@ -28,6 +28,8 @@ Listener = Callable[[RecordedEvent], None]
 PAGE: Final = 500
 # A reader that is so far behind fetches from the database again instead of being kept events for.
 MAILBOX: Final = 2000
+# With more streams than that to follow, naming them all costs more than looking at every event.
+MOST_NAMED: Final = 200
 
 SELECT_EVENTS: Final = sa.select(
     events.c.position,
@@ -60,6 +62,7 @@ class Feed:
         self._seen = 0
         self._fetching: asyncio.Task[None] | None = None
         self._stale = False
+        self._unheard = False  # others committed something while nobody listened
         self._failed: PerdureError | None = None
         self._readers: set[_Reader] = set()
         self.on_active: Callable[[], None] = lambda: None
@@ -91,8 +94,8 @@ class Feed:
         self._listeners.setdefault(task_id, []).append(listener)
         if first:
             self.on_active()
-        if since is not None and since < self._seen:
-            self._seen = since
+        if since is not None and (since < self._seen or self._unheard):
+            self._seen = min(since, self._seen)
             self._fetch()
 
         def stop() -> None:
@@ -113,16 +116,19 @@ class Feed:
             EngineClosed: The engine was closed before the task ended.
         """
         reader = _Reader()
+        if self._failed is not None:
+            reader.fail(self._failed)  # what is there can be read; nothing more will come
         self._readers.add(reader)
         stop = self.listen(task_id, reader.receive)
         try:
             while True:
+                # Before the replay: what is dropped while its last page is read must be noticed.
+                reader.behind = False
                 async for event in self._replay(task_id, after):
                     after = event.version
                     yield event
                     if event.event.ends_task:
                         return
-                reader.behind = False
                 while not reader.behind:
                     new = await reader.next()
                     if new is None or new.version > after + 1:
@@ -166,6 +172,8 @@ class Feed:
         """Take the news that another process has committed something."""
         if self._listeners:
             self._fetch()
+        else:
+            self._unheard = True
 
     def close(self, error: PerdureError | None = None) -> None:
         """End all readers."""
@@ -186,17 +194,24 @@ class Feed:
             self._fetching = asyncio.get_running_loop().create_task(self._fetch_all())
 
     async def _fetch_all(self) -> None:
+        late: tuple[str, ...] = ()
+        before = 0
         try:
             while self._stale:
-                self._stale = False
+                self._stale = self._unheard = False
                 wanted = tuple(self._listeners)
                 if not wanted:
                     break
                 since = self._seen
-                head, fresh = await self._database.read(partial(_news, wanted=wanted, since=since))
+                head, fresh = await self._database.read(
+                    partial(_news, wanted=wanted, since=since, late=late, before=before)
+                )
                 if self._seen == since:  # else somebody joined who needs an earlier start
                     self._seen = head
                 self._deliver(fresh)
+                # Streams that somebody joined meanwhile were not looked at: once more for them.
+                late, before = tuple(self._listeners.keys() - frozenset(wanted)), since
+                self._stale = self._stale or bool(late)
         except PerdureError as error:
             self.close(error)
         finally:
@@ -204,17 +219,28 @@ class Feed:
 
 
 async def _news(
-    connection: AsyncConnection, wanted: tuple[str, ...], since: int
+    connection: AsyncConnection,
+    *,
+    wanted: tuple[str, ...],
+    since: int,
+    late: tuple[str, ...],
+    before: int,
 ) -> tuple[int, list[RecordedEvent]]:
+    """Return the log's head and what is new: of ``late`` after ``before``, else after ``since``."""
     head = int((await connection.execute(sa.select(log_head.c.position))).scalar_one())
-    rows = await connection.execute(
-        SELECT_EVENTS.where(
-            events.c.position > since,
-            events.c.position <= head,
-            streams.c.task_id.in_(wanted),
-        ).order_by(events.c.position)
-    )
-    return head, [recorded(row) for row in rows.mappings()]
+    missed = await _between(connection, late, before, since) if late and before < since else []
+    return head, missed + await _between(connection, wanted, since, head)
+
+
+async def _between(
+    connection: AsyncConnection, wanted: tuple[str, ...], after: int, last: int
+) -> list[RecordedEvent]:
+    news = SELECT_EVENTS.where(events.c.position > after, events.c.position <= last)
+    if len(wanted) <= MOST_NAMED:
+        news = news.where(streams.c.task_id.in_(wanted))
+    rows = await connection.execute(news.order_by(events.c.position))
+    names = frozenset(wanted)
+    return [recorded(row) for row in rows.mappings() if row["task_id"] in names]
 
 
 class _Reader:

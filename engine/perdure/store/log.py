@@ -63,6 +63,7 @@ class EventLog:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._broken: StoreError | None = None
 
     async def open(self) -> None:
         """Start the writer thread.
@@ -112,6 +113,8 @@ class EventLog:
         self, work: Work[T], streams: Sequence[str] = (), *, alone: bool = False
     ) -> tuple[T, int]:
         """Do as `write` and return the log's head after that commit as well."""
+        if self._broken is not None:
+            raise self._broken
         if self._closed or self._loop is None:
             raise EngineClosed("the log is closed: nothing can be written any more")
         future: asyncio.Future[tuple[T, int]] = self._loop.create_future()
@@ -146,7 +149,10 @@ class EventLog:
                 self._call(_fail, started, error)
                 return
             self._call(_succeed, started, head)
-            self._serve(writer, cache)
+            try:
+                self._serve(writer, cache)
+            except BaseException as error:  # noqa: BLE001 - nobody may wait for a thread that is gone
+                self._call(self._break_down, error)
         finally:
             writer.close()
 
@@ -229,6 +235,18 @@ class EventLog:
 
     # -- back on the event loop ------------------------------------------------------------------
 
+    def _break_down(self, error: BaseException) -> None:
+        """Tell everyone who waits, or comes later, that the writer thread is gone."""
+        if not isinstance(error, StoreError):
+            error = StoreError(f"the log's writer failed: {type(error).__name__}: {error}")
+        self._broken = error
+        self.feed.close(error)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                request = self._queue.get_nowait()
+                if request is not None and request is not _NUDGE:
+                    _fail(request.future, error)
+
     def _deliver(self, replies: list[_Reply], written: list[RecordedEvent], head: int) -> None:
         if written:
             self.feed.publish(written, written[0].position, head)
@@ -258,6 +276,8 @@ def _succeed(future: asyncio.Future[Any], result: object) -> None:
 
 
 def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    if isinstance(error, StopIteration):  # a future can't hold that one
+        error = RuntimeError("a piece of work raised StopIteration")
     if not future.done():
         future.set_exception(error)
 

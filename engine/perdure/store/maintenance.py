@@ -15,6 +15,7 @@ from sqlalchemy import Connection, RowMapping
 from perdure.errors import DatabaseCorrupt, InvalidTransition, PerdureError, TaskNotFound
 from perdure.events import Redacted, canonical, chain_digest, decode
 from perdure.store.content import blob_digests, digest_of
+from perdure.store.database import overwrite_deleted
 from perdure.store.projection import TaskFold
 from perdure.store.schema import Timestamp, blobs, events, log_head, streams, tasks
 from perdure.store.transaction import Transaction
@@ -406,6 +407,7 @@ def redact(tx: Transaction, task_id: str, by: str, reason: str | None) -> int:
         .where(events.c.stream_id == fold.stream_id, events.c.type.in_(tuple(_KEPT)))
         .order_by(events.c.version)
     ).mappings()
+    overwrite_deleted(tx.connection)
     tombstones: dict[str, str] = {}
     orphans: set[str] = set()
     for row in list(rows):

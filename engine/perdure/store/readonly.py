@@ -12,6 +12,7 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -29,7 +30,10 @@ __all__ = [
     "REVISION",
     "VIEWS",
     "Reader",
+    "default_database",
     "describe_error",
+    "iso",
+    "path_of",
     "reading_errors",
     "refuse_missing",
 ]
@@ -104,11 +108,9 @@ class Reader:
             StoreError: The database can't be read.
         """
         with reading_errors(self.path):
-            cursor = self.connection.execute(sql, parameters)
-            try:
-                yield from cursor
-            finally:
-                cursor.close()
+            for row in self.connection.execute(sql, parameters):  # noqa: UP028 - see below
+                yield row
+            # `yield from` would close the cursor of a reader that is closed half way: an error.
 
     def one(self, sql: str, parameters: Parameters = ()) -> sqlite3.Row | None:
         """Return the first row of a query; None where there is none."""
@@ -141,6 +143,21 @@ class Reader:
     ) -> None:
         """Close it."""
         self.close()
+
+
+def iso(moment: datetime) -> str:
+    """Return ``moment`` as it is stored: `2026-11-22T13:05:00.123456Z`, which sorts as text."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")[:26] + "Z"
+
+
+def default_database() -> str:
+    """Return the database that is used where none is named: `PERDURE_DB`, or one per user."""
+    named = os.environ.get("PERDURE_DB")
+    if named:
+        return named
+    from platformdirs import user_data_path
+
+    return str(user_data_path("perdure", appauthor=False) / "perdure.db")
 
 
 def path_of(url: str | os.PathLike[str]) -> Path:

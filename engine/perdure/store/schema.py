@@ -7,7 +7,7 @@ test keeps the two equal.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from perdure.events import ENDINGS
-from perdure.store.readonly import APPLICATION_ID, REVISION, VIEWS
+from perdure.store.readonly import APPLICATION_ID, REVISION, VIEWS, iso
 
 __all__ = [
     "APPLICATION_ID",
@@ -68,11 +68,6 @@ class Timestamp(TypeDecorator[datetime]):
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ANN401
         """Turn what is stored into a moment."""
         return datetime.fromisoformat(value) if isinstance(value, str) else value
-
-
-def iso(moment: datetime) -> str:
-    """Return ``moment`` as `2026-11-22T13:05:00.123456Z`, which sorts as text."""
-    return moment.astimezone(UTC).isoformat(timespec="microseconds")[:26] + "Z"
 
 
 class CanonicalJson(TypeDecorator[str]):

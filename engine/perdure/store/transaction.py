@@ -18,7 +18,12 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from perdure.errors import ConcurrencyError, DatabaseCorrupt, DuplicateKey
+from perdure.errors import (
+    ConcurrencyError,
+    DatabaseCorrupt,
+    DuplicateKey,
+    InvalidTransition,
+)
 from perdure.events import (
     Chunk,
     EncodedEvent,
@@ -204,7 +209,13 @@ class Transaction:
             _STREAM_EVENTS, {"of_stream": fold.stream_id, "after": fold.version}
         )
         for row in rows:
-            fold.apply((decode(row.type, row.schema_version, row.data),), row.recorded_at)
+            try:
+                fold.apply((decode(row.type, row.schema_version, row.data),), row.recorded_at)
+            except InvalidTransition as error:
+                raise DatabaseCorrupt(
+                    f"{fold.task_id} version {row.version} can't be folded ({error}): "
+                    "run `perdure verify`"
+                ) from None
 
     # -- staging ---------------------------------------------------------------------------------
 
@@ -226,12 +237,14 @@ class Transaction:
         actual = 0 if fold is None else fold.version
         if expected is not None and actual != expected:
             raise ConcurrencyError(task_id, expected, actual)
+        if not new:
+            return actual
         if fold is None:
             fold = TaskFold(task_id)
         encoded = [(event, encode(event)) for event in new]
-        if actual == 0 and new and isinstance(new[0], Submitted):
-            self._claim_key(new[0].task.get("key"), task_id)
         fold.apply(new, self.at)
+        if isinstance(new[0], Submitted):  # after the fold: what is refused claims no key
+            self._claim_key(new[0].task.get("key"), task_id)
         staged = self._staged.get(task_id)
         if staged is None:
             staged = self._staged[task_id] = _Staged(fold, actual + 1, new=actual == 0)

@@ -159,7 +159,7 @@ _SQLITE_TRIGGERS = (
         AND NEW.schema_version IS OLD.schema_version
         AND NEW.recorded_at IS OLD.recorded_at AND NEW.digest IS OLD.digest
         AND json_extract(OLD.data, '$.redacted') IS NULL
-        AND length(json_extract(NEW.data, '$.redacted')) = 64
+        AND length(json_extract(NEW.data, '$.redacted')) IS 64 -- NULL would let anything pass
     )
     BEGIN SELECT RAISE(ABORT, 'events are never changed; see perdure redact'); END
     """,

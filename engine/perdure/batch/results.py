@@ -1,0 +1,160 @@
+"""The results of a batch as JSON lines, in the order of the input, whatever its size."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Final, Self
+
+import orjson
+import sqlalchemy as sa
+
+from perdure.batch.intake import Taken
+from perdure.batch.runs import latest_runs, select_where
+from perdure.batch.source import Source
+from perdure.errors import InvalidTask
+from perdure.store.database import Database
+from perdure.store.schema import tasks
+
+__all__ = ["Ledger", "ResultsFile", "each_result"]
+
+_PAGE: Final = 200
+_USAGE: Final = (
+    *("input_tokens", "output_tokens", "cache_read_tokens"),
+    *("cache_write_tokens", "reasoning_tokens"),
+)
+# All but the prompt, which the input has, and what is of no use outside of the database.
+_LEFT_OUT: Final = frozenset(
+    {
+        *("stream_id", "prompt", "worker", "available_at", "cancel_requested"),
+        *("key", "fingerprint", "parent", "priority", "batch"),
+    }
+)
+_NAMES: Final = tuple(column.name for column in tasks.c if column.name not in _LEFT_OUT)
+_BY_ID: Final = sa.select(*(tasks.c[name] for name in _NAMES))
+_BY_KEY: Final = sa.select(tasks.c.key, *(tasks.c[name] for name in _NAMES))
+
+
+class Ledger:
+    """What became of each row, in the order of the input; kept in a file, not in memory."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="perdure-")  # noqa: SIM115
+
+    def add(self, rows: Iterable[Taken]) -> None:
+        """Note what became of rows."""
+        for taken in rows:
+            self._file.write(orjson.dumps(tuple(taken), option=orjson.OPT_APPEND_NEWLINE))
+
+    def __iter__(self) -> Iterator[Taken]:
+        """Yield all rows, from the first."""
+        self._file.seek(0)
+        for line in self._file:
+            yield Taken(*orjson.loads(line))
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._file.close()
+
+
+async def each_result(database: Database, ledger: Ledger) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield one result a row, in the order of the input, each of the row's latest run."""
+    page: list[Taken] = []
+    for taken in ledger:
+        page.append(taken)
+        if len(page) == _PAGE:
+            for result in await _results(database, page):
+                yield result
+            page = []
+    for result in await _results(database, page):
+        yield result
+
+
+async def _results(database: Database, page: list[Taken]) -> list[dict[str, Any]]:
+    keys = {one.key for one in page if one.key is not None}
+    runs = {row[0]: row[1:] for row in await select_where(database, _BY_KEY, tasks.c.key, keys)}
+    latest = await latest_runs(database, [run[0] for run in runs.values()])
+    if latest:
+        ids = {run.task_id for run in latest.values()}
+        rows = await select_where(database, _BY_ID, tasks.c.task_id, ids)
+        again = {row[0]: row for row in rows}
+        for key, run in runs.items():
+            if run[0] in latest:
+                runs[key] = again[latest[run[0]].task_id]
+    return [_result(one, None if one.key is None else runs.get(one.key)) for one in page]
+
+
+def _result(taken: Taken, run: Sequence[Any] | None) -> dict[str, Any]:
+    about: dict[str, Any] = {"line": taken.line, "id": taken.id}
+    if run is None:
+        return about | {"task_id": None, "status": "invalid", "error": taken.problem}
+    about.update(zip(_NAMES, run, strict=True))
+    about["usage"] = {name: about.pop(name) for name in _USAGE}
+    about["labels"] = orjson.loads(about["labels"])
+    files = about["files_created"]
+    about["files_created"] = [] if files is None else orjson.loads(files)
+    return about
+
+
+class ResultsFile:
+    """A file that is there whole, or not at all: written beside its place and then put there.
+
+    Used as a context manager; an error leaves what was at its place as it was.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = Path(os.path.realpath(path))  # a link stays a link
+        self._draft = self._path.with_name(f".{self._path.name[:80]}.{secrets.token_hex(4)}.part")
+        self._direct = self._path.exists() and not self._path.is_file()  # a pipe, a device
+        self._file: IO[bytes] | None = None
+
+    @staticmethod
+    def check(path: Path, source: Source | None = None) -> None:
+        """Raise `InvalidTask` where nothing could be written later: before it costs anything."""
+        folder = path.expanduser().resolve().parent
+        if not folder.is_dir():
+            raise InvalidTask(f"--out: there is no folder {folder}")
+        if path.is_dir():
+            raise InvalidTask(f"--out: {path} is a directory; name a file")
+        if not path.exists():
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise InvalidTask(f"--out: {folder} can't be written to")
+            return
+        about = path.stat()
+        if source is not None and (about.st_dev, about.st_ino) == source.identity:
+            raise InvalidTask(f"--out: {path} is the input; name another file")
+
+    def __enter__(self) -> Self:
+        self._file = self._path.open("wb") if self._direct else self._draft.open("xb")
+        return self
+
+    def write(self, result: Mapping[str, Any]) -> None:
+        """Write a result as a line of JSON."""
+        if self._file is None:
+            raise ValueError("the file isn't open")
+        self._file.write(orjson.dumps(result, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is None:
+            return
+        try:
+            if error is None and not self._direct:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._file.close()
+            if error is None and not self._direct:
+                self._draft.replace(self._path)
+        finally:
+            if not self._direct:
+                with contextlib.suppress(OSError):
+                    self._draft.unlink()

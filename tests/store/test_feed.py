@@ -1,0 +1,238 @@
+"""Following the log: everything once, in order, whoever wrote it and however slow the reader."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+
+import pytest
+
+from perdure.errors import EngineClosed
+from perdure.events import Accepted, Chunk, Completed, RecordedEvent
+from perdure.store import feed as feed_module
+
+from store.backends import Store, opened
+
+PATIENCE = 60
+
+
+async def say(store: Store, task_id: str, pieces: int, version: int = 2) -> int:
+    """Append that many chunks of one character, and the end; returns the last version."""
+    for offset in range(pieces):
+        version = await store.log.append(task_id, [Chunk(text="x", offset=offset)], version)
+    return await store.log.append(task_id, [Completed(output_length=pieces)], version)
+
+
+async def read(store: Store, task_id: str, after: int = 0) -> list[int]:
+    """Follow a stream to its end and return the versions seen."""
+    return [event.version async for event in store.log.feed.follow(task_id, after)]
+
+
+async def within_reason(*work: asyncio.Future[list[int]] | asyncio.Task[list[int]]) -> None:
+    """Wait for all of these."""
+    async with asyncio.timeout(PATIENCE):
+        await asyncio.gather(*work)
+
+
+async def test_replays_then_follows(database_url: str) -> None:
+    """A reader gets what is there, then what comes, each event once and in order, to the end."""
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        reading = asyncio.create_task(read(store, "demo_1"))
+        await say(store, "demo_1", 20)
+        await within_reason(reading)
+        assert reading.result() == list(range(1, 24))
+
+
+async def test_ended_stream_is_replayed_and_over(database_url: str) -> None:
+    """A reader that comes after the end gets everything and doesn't wait."""
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        last = await say(store, "demo_1", 3)
+        assert await read(store, "demo_1") == list(range(1, last + 1))
+        assert await read(store, "demo_1", after=last - 1) == [last]
+
+
+async def test_goes_on_after_a_version(database_url: str) -> None:
+    """A reader can begin in the middle."""
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        await say(store, "demo_1", 5)
+        assert await read(store, "demo_1", after=4) == [5, 6, 7, 8]
+
+
+async def test_long_stream_is_replayed_page_by_page(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More events than fit on a page come all the same, once each."""
+    monkeypatch.setattr(feed_module, "PAGE", 7)
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        last = await say(store, "demo_1", 40)
+        assert await read(store, "demo_1") == list(range(1, last + 1))
+
+
+async def test_slow_reader_gets_everything_once(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that is too slow to be kept events for fetches them, without a gap or a repeat."""
+    monkeypatch.setattr(feed_module, "MAILBOX", 3)
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        seen: list[int] = []
+        stepping = asyncio.Semaphore(0)
+
+        async def crawl() -> None:
+            async for event in store.log.feed.follow("demo_1"):
+                seen.append(event.version)
+                await stepping.acquire()
+
+        reading = asyncio.create_task(crawl())
+        writing = asyncio.create_task(say(store, "demo_1", 50))
+        await writing
+        for _ in range(100):
+            stepping.release()
+        async with asyncio.timeout(PATIENCE):
+            await reading
+        assert seen == list(range(1, 54))
+
+
+async def test_many_readers_joining_at_any_time_see_the_same(database_url: str) -> None:
+    """Twenty readers that join at random moments all see every event."""
+    seed = secrets.randbelow(10**9)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        readers: list[asyncio.Task[list[int]]] = []
+        version = 2
+        for offset in range(60):
+            if chance.random() < 0.33 and len(readers) < 20:
+                readers.append(asyncio.create_task(read(store, "demo_1")))
+            if chance.random() < 0.3:
+                await asyncio.sleep(0)
+            version = await store.log.append("demo_1", [Chunk(text="x", offset=offset)], version)
+        readers += [asyncio.create_task(read(store, "demo_1")) for _ in range(20 - len(readers))]
+        await store.log.append("demo_1", [Completed(output_length=60)], version)
+        await within_reason(*readers)
+        assert [reader.result() for reader in readers] == [list(range(1, 64))] * 20
+
+
+async def test_commits_of_another_connection_are_seen(database_url: str) -> None:
+    """What somebody else's log writes reaches readers here, mixed with what is written here."""
+    async with opened(database_url) as here, opened(database_url) as there:
+        await here.start("demo_1")
+        await there.start("demo_2")
+        first = asyncio.create_task(read(here, "demo_2"))
+        second = asyncio.create_task(read(there, "demo_1"))
+        third = asyncio.create_task(read(here, "demo_1"))
+        await asyncio.gather(say(here, "demo_1", 15), say(there, "demo_2", 15))
+        await within_reason(first, second, third)
+        for reading in (first, second, third):
+            assert reading.result() == list(range(1, 19))
+
+
+async def test_two_writers_on_one_stream(database_url: str) -> None:
+    """A stream that two processes write to in turn is followed without a gap."""
+    async with opened(database_url) as here, opened(database_url) as there:
+        await here.start("demo_1")
+        readings = [asyncio.create_task(read(store, "demo_1")) for store in (here, there)]
+        version = 2
+        for offset in range(30):
+            store = (here, there)[offset % 2]
+            version = await store.log.append("demo_1", [Chunk(text="x", offset=offset)], version)
+        await there.log.append("demo_1", [Completed(output_length=30)], version)
+        await within_reason(*readings)
+        assert [reading.result() for reading in readings] == [list(range(1, 34))] * 2
+
+
+async def test_readers_of_many_streams_get_their_own(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more streams to follow than are named in a query, everyone still gets just his own."""
+    monkeypatch.setattr(feed_module, "MOST_NAMED", 3)
+    async with opened(database_url) as here, opened(database_url) as there:
+        names = [f"demo_{number}" for number in range(8)]
+        for name in names:
+            await here.start(name)
+        readings = [asyncio.create_task(read(there, name)) for name in names]
+        await asyncio.gather(*(say(here, name, 4) for name in names))
+        await within_reason(*readings)
+        assert all(reading.result() == list(range(1, 8)) for reading in readings)
+
+
+async def test_listener_misses_nothing_since_a_position(database_url: str) -> None:
+    """Whoever names a position is told of everything after it, also of what came before he asked."""
+    async with opened(database_url) as store:
+        await store.start("demo_1")  # positions 1 and 2
+        version = await store.log.append("demo_1", [Accepted()], 2)
+        await store.log.append("demo_1", [Chunk(text="x")], version)
+        heard: dict[int, RecordedEvent] = {}
+        complete = asyncio.Event()
+
+        def hear(event: RecordedEvent) -> None:
+            heard[event.version] = event
+            if event.version == 5:
+                complete.set()
+
+        stop = store.log.feed.listen("demo_1", hear, since=2)
+        await store.log.append("demo_1", [Completed(output_length=1)], 4)
+        async with asyncio.timeout(PATIENCE):
+            await complete.wait()
+        assert sorted(heard) == [3, 4, 5]
+        stop()
+        stop()  # stopping twice is fine
+        assert not store.log.feed.active
+
+
+async def test_closing_ends_readers_with_a_reason(database_url: str) -> None:
+    """A reader of a task that hasn't ended is told that nothing more will come."""
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        waiting = asyncio.Event()
+
+        async def wait_for_more() -> None:
+            async for event in store.log.feed.follow("demo_1"):
+                if event.version == 2:
+                    waiting.set()
+
+        reading = asyncio.create_task(wait_for_more())
+        async with asyncio.timeout(PATIENCE):
+            await waiting.wait()
+            await store.log.close()
+            with pytest.raises(EngineClosed):
+                await reading
+
+
+async def test_reader_that_leaves_is_forgotten(database_url: str) -> None:
+    """Breaking out of the loop leaves nothing behind that would be looked after."""
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        stream = store.log.feed.follow("demo_1")
+        async for _event in stream:
+            break
+        await stream.aclose()
+        assert not store.log.feed.active
+
+
+async def test_no_wake_up_is_lost(database_url: str) -> None:
+    """Readers and writers on two connections in random order: every reader sees the end."""
+    seed = secrets.randbelow(10**9)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    async with opened(database_url) as here, opened(database_url) as there:
+
+        async def one(number: int) -> None:
+            name = f"demo_{number}"
+            writer, reader = chance.sample((here, there), 2)
+            await writer.start(name)
+            reading = [asyncio.create_task(read(chance.choice((reader, writer)), name))]
+            for _ in range(chance.randrange(4)):
+                await asyncio.sleep(0)
+            last = await say(writer, name, chance.randrange(6))
+            reading.append(asyncio.create_task(read(reader, name)))
+            await within_reason(*reading)
+            assert all(found.result() == list(range(1, last + 1)) for found in reading)
+
+        await asyncio.gather(*(one(number) for number in range(40)))
