@@ -10,7 +10,7 @@ import re
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Final
 
-__all__ = ["clock", "day_and_clock", "duration", "how_long_ago", "parse_moment", "stored"]
+__all__ = ["clock", "day_and_clock", "duration", "how_long_ago", "parse_moment"]
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _SPAN: Final = re.compile(r"(?:\d+(?:\.\d+)?[smhdw])+")
@@ -67,11 +67,6 @@ def _parse(said: str, here: datetime) -> datetime | None:
 
 def _begin(day: date) -> datetime:
     return datetime.combine(day, time()).astimezone(UTC)
-
-
-def stored(moment: datetime) -> str:
-    """Return ``moment`` as the database has it: `2026-11-22T13:05:00.123456Z`, which sorts."""
-    return moment.astimezone(UTC).isoformat(timespec="microseconds")[:26] + "Z"
 
 
 def read(text: str | None) -> datetime | None:

@@ -1,0 +1,156 @@
+"""`perdure export`: tasks or raw events as JSON lines or CSV, in constant memory."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import sys
+from array import array
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from perdure.cli.figures import things
+from perdure.cli.finding import (
+    BatchOption,
+    Filters,
+    LabelOption,
+    LatestOption,
+    PlatformOption,
+    SearchOption,
+    SinceOption,
+    StatusOption,
+    UntilOption,
+)
+from perdure.cli.records import EVENT_COLUMNS, TASK_COLUMNS, event_record, events_query, record_of
+from perdure.cli.session import Session
+from perdure.cli.tables import csv_line
+from perdure.cli.terminal import json_text, say, show
+from perdure.store.readonly import Reader
+from perdure.wholefile import WholeFile
+
+__all__ = ["export"]
+
+Emit = Callable[[str], object]
+
+_PAGE_ROWS: Final = 1000
+_PAGE_CHARACTERS: Final = 4 * 2**20
+
+
+def export(
+    session: Session,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="A file, replaced as a whole in the end; CSV if it is named so. Default: stdout.",
+            show_default=False,
+        ),
+    ] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="CSV with a line of names.")] = False,
+    events: Annotated[
+        bool, typer.Option("--events", help="The tasks' events, as they are stored.")
+    ] = False,
+    status: StatusOption = None,
+    platform: PlatformOption = None,
+    batch: BatchOption = None,
+    label: LabelOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    search: SearchOption = None,
+    latest: LatestOption = False,
+) -> None:
+    """Write tasks, the oldest first, as JSON lines or CSV: every column, all of its text.
+
+    What is submitted while it runs is left out. Other processes can go on writing.
+    """
+    filters = Filters.of(status, platform, batch, label, since, until, search, latest)
+    out = None if out == Path("-") else out
+    as_csv = csv or (out is not None and out.suffix.lower() == ".csv" and not session.json)
+    if csv and session.json:
+        raise typer.BadParameter("give either --csv or --json", param_hint="--csv")
+    if out is not None:
+        WholeFile.check(out, "--out")
+    with Reader.open(session.url) as reader, _destination(out) as emit:
+        where, parameters = filters.where(reader)
+        rows = (_events if events else _tasks)(reader, where, parameters)
+        names = EVENT_COLUMNS if events else TASK_COLUMNS
+        record = event_record if events else record_of
+        if as_csv:
+            emit(csv_line(names))
+        count = 0
+        for row in rows:
+            emit(csv_line(row[n] for n in names) if as_csv else json_text(record(row)) + "\n")
+            count += 1
+    if out is not None:
+        say(f"{things(count, 'event' if events else 'task')} written to {out}")
+
+
+@contextlib.contextmanager
+def _destination(out: Path | None) -> Generator[Emit, None, None]:
+    if out is None:
+        yield show
+        sys.stdout.flush()
+        return
+    with WholeFile(out) as file:
+        # Text that is no UTF-8 can't be written as it is; nothing else has a backslash before x.
+        yield lambda text: file.write(text.encode(errors="backslashreplace"))
+
+
+def _tasks(reader: Reader, where: str, parameters: Mapping[str, object]) -> Iterator[sqlite3.Row]:
+    """Yield the tasks that match now, in the order of their submission."""
+    found = reader.rows(f"SELECT t.stream_id FROM tasks AS t WHERE {where}", parameters)
+    chosen = array("q", sorted(array("q", (row["stream_id"] for row in found))))
+    for first in range(0, len(chosen), _PAGE_ROWS):
+        named = ", ".join(map(str, chosen[first : first + _PAGE_ROWS]))
+        among = f"t.stream_id IN ({named})"
+        yield from _each(reader, _PAGE_OF_TASKS.format(among), {}, "stream_id", chosen[-1])
+
+
+_PAGE_OF_TASKS: Final = """
+    SELECT t.* FROM tasks AS t WHERE {} AND t.stream_id > :after AND t.stream_id <= :last
+    ORDER BY t.stream_id
+"""
+
+
+def _events(reader: Reader, where: str, parameters: Mapping[str, object]) -> Iterator[sqlite3.Row]:
+    """Yield the events of the tasks that match, in the order of the log."""
+    of_these = f"EXISTS (SELECT 1 FROM tasks AS t WHERE t.stream_id = e.stream_id AND {where})"
+    query = events_query(
+        ("" if where == "true" else f"{of_these} AND ")
+        + "e.position > :after AND e.position <= :last",
+        "e.position",
+    )
+    head = reader.one("SELECT position FROM log_head")
+    yield from _each(reader, query, parameters, "position", head["position"] if head else 0)
+
+
+def _each(
+    reader: Reader, query: str, parameters: Mapping[str, object], key: str, last: int
+) -> Iterator[sqlite3.Row]:
+    """Yield the rows of a query page by page along ``key``, up to ``last``.
+
+    No query stays open while rows are written out: it would hold back the database's checkpoints
+    for as long as the reader at the other end of a pipe takes.
+    """
+    bounds = {"after": 0, "last": last}
+    limited = f"{query} LIMIT {_PAGE_ROWS}"
+    while page := _page(reader.rows(limited, {**parameters, **bounds})):
+        yield from page
+        bounds["after"] = page[-1][key]
+
+
+def _page(rows: Iterator[sqlite3.Row]) -> list[sqlite3.Row]:
+    """Return rows until they are enough, by their number or their size."""
+    page: list[sqlite3.Row] = []
+    size = 0
+    for row in rows:
+        page.append(row)
+        size += sum(len(value) for value in row if isinstance(value, str))
+        if size > _PAGE_CHARACTERS:
+            break
+    return page

@@ -1,0 +1,917 @@
+"""Writing: shared commits, expected versions, and what happens when the database can't."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from perdure import submission
+from perdure.errors import (
+    ConcurrencyError,
+    DatabaseUnavailable,
+    DuplicateKey,
+    EngineClosed,
+    InvalidTask,
+    InvalidTransition,
+    PerdureError,
+)
+from perdure.events import (
+    Cancelled,
+    CancelRequested,
+    Chunk,
+    Completed,
+    Event,
+    Failed,
+    Submitted,
+    UsageReported,
+)
+from perdure.platforms import Platforms
+from perdure.store import database as database_module
+from perdure.store import log as log_module
+from perdure.store import readonly
+from perdure.store.database import Database, Writer
+from perdure.store.maintenance import compare, redact, verify
+from perdure.store.transaction import Transaction
+from perdure.submission import prepare, submit
+from perdure.task import Task, Usage
+from perdure.testing import ScriptedAdapter
+from store.backends import Backend, Rows, Sqlite, Store, opened, running, submitted, write
+from store.children import children, run
+
+TABLES = ("log_head", "streams", "events", "tasks", "blobs", "workers")
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncGenerator[Store, None]:
+    """An open log on an empty database."""
+    async with opened(database_url) as store:
+        yield store
+
+
+def everything(backend: Backend, url: str) -> dict[str, Rows]:
+    """Return all rows of all tables."""
+    return {name: backend.query(url, f"SELECT * FROM {name} ORDER BY 1") for name in TABLES}
+
+
+def assert_sound(url: str) -> None:
+    """Hold the log to all that must be true of it, whatever happened."""
+    with Database(url).snapshot() as connection:
+        assert verify(connection).problems == []
+        assert compare(connection).differed == 0
+
+
+@contextmanager
+def held(store: Store) -> Generator[None, None, None]:
+    """Keep the writer busy meanwhile, so that what is asked for gathers."""
+    release = threading.Event()
+    hold = asyncio.ensure_future(store.log.write(lambda _tx: release.wait(30), alone=True))
+    try:
+        yield
+    finally:
+        release.set()
+        hold.add_done_callback(lambda done: done.exception())
+
+
+@pytest.fixture
+def commits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every write transaction."""
+    counted: list[int] = []
+    transaction = Writer.transaction
+
+    @contextmanager
+    def counting(self: Writer) -> Generator[Any, None, None]:
+        with transaction(self) as connection:
+            yield connection
+        counted.append(1)
+
+    monkeypatch.setattr(Writer, "transaction", counting)
+    return counted
+
+
+class TestGroupCommit:
+    """Many callers, one transaction; each of them gets what is its own."""
+
+    async def test_a_commit_is_shared(self, store: Store, commits: list[int]) -> None:
+        """Whoever asks while a commit is under way shares the next one."""
+        with held(store):
+            waiting = [asyncio.create_task(store.submit(f"task_{number}")) for number in range(100)]
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*waiting) == [1] * 100
+        assert len(commits) <= 2  # the one that was held, and theirs
+
+    async def test_one_after_another(self, store: Store, commits: list[int]) -> None:
+        """Who waits for each append gets a commit for each."""
+        for number in range(5):
+            await store.submit(f"task_{number}")
+        assert len(commits) == 5
+
+    async def test_a_conflict_is_its_callers(self, store: Store, commits: list[int]) -> None:
+        """Of a shared commit, only the caller whose stream has moved fails; the rest is written."""
+        await store.start("moved")
+        del commits[:]
+        with held(store):
+            attempts = [
+                store.log.append("moved", [Chunk(text="x")], 1),
+                store.log.append("good_1", [submitted()], 0),
+                store.log.append("moved", [Cancelled()], 9),
+                store.log.append("good_2", [submitted()], 0),
+                store.log.append("moved", [Chunk(text="x")], 2),
+            ]
+            waiting = [asyncio.create_task(attempt) for attempt in attempts]
+            await asyncio.sleep(0)
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+
+        assert [type(outcome) for outcome in outcomes] == [
+            ConcurrencyError, int, ConcurrencyError, int, int,
+        ]  # fmt: skip
+        assert len(commits) <= 2
+
+    async def test_appends_of_one_transaction_see_each_other(self, store: Store) -> None:
+        """Two appends to one stream in one commit: the second must expect what the first made."""
+        await store.start("task")
+        with held(store):
+            waiting = [
+                asyncio.create_task(store.log.append("task", [Chunk(text="ab")], 2)),
+                asyncio.create_task(store.log.append("task", [Chunk(text="c", offset=2)], 3)),
+                asyncio.create_task(store.log.append("task", [Chunk(text="d", offset=2)], 3)),
+            ]
+            await asyncio.sleep(0)
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert outcomes[:2] == [3, 4]
+        assert isinstance(outcomes[2], ConcurrencyError)
+
+    async def test_work_that_breaks_breaks_alone(self, store: Store) -> None:
+        """What fails with no error of ours fails its caller only, and the writer goes on."""
+
+        def broken(tx: Transaction) -> None:
+            tx.append("half", [submitted()], 0)
+            raise ZeroDivisionError
+
+        with held(store):
+            waiting = [
+                asyncio.create_task(store.submit("before")),
+                asyncio.create_task(store.log.write(broken)),
+                asyncio.create_task(store.submit("after")),
+            ]
+            await asyncio.sleep(0)
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+
+        assert outcomes[0] == outcomes[2] == 1
+        assert isinstance(outcomes[1], ZeroDivisionError)
+        assert await store.submit("half") == 1
+
+    @pytest.mark.parametrize("kind", [RuntimeError, StopIteration, KeyError, MemoryError])
+    async def test_the_writer_survives(self, store: Store, kind: type[Exception]) -> None:
+        """Whatever a piece of work raises, its caller is told, and the next one is served."""
+
+        def work(_tx: Transaction) -> None:
+            raise kind("x")
+
+        with pytest.raises((kind, RuntimeError)):
+            await asyncio.wait_for(store.log.write(work), 20)
+        assert await store.submit("task") == 1
+
+    async def test_what_the_database_refuses(self, backend: Backend, database_url: str) -> None:
+        """Where the database itself refuses one row, one caller hears of it; the others' commit."""
+        await write(database_url, ("task", [(submitted(),), (Cancelled(),)]))
+        with backend.shell(database_url) as shell:
+            shell.run("UPDATE streams SET version = 1")  # so that the log takes it for pending
+            shell.run("DELETE FROM events WHERE version = 2")
+            shell.run("UPDATE log_head SET position = 0")  # so that the next position is taken
+        async with opened(database_url) as store:
+            with held(store):
+                waiting = [asyncio.create_task(store.submit(f"t{n}")) for n in range(2)]
+                await asyncio.sleep(0)
+            for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+                assert isinstance(outcome, PerdureError)
+                assert "perdure verify" in str(outcome)
+                assert len(str(outcome).splitlines()) == 1
+
+    async def test_alone(self, store: Store, commits: list[int]) -> None:
+        """Work that takes long has a transaction of its own."""
+        with held(store):
+            waiting = [
+                asyncio.create_task(store.log.write(lambda tx: tx, alone=alone))
+                for alone in (False, True, False)
+            ]
+            await asyncio.sleep(0)
+        first, second, third = await asyncio.gather(*waiting)
+        assert first is third
+        assert first is not second
+
+
+class TestExpectedVersions:
+    """Who may write is decided by the version they have seen."""
+
+    async def test_new_streams(self, store: Store) -> None:
+        """0 means that there is no such stream yet."""
+        assert await store.log.append("task", [submitted(), running()], 0) == 2
+        with pytest.raises(ConcurrencyError) as refused:
+            await store.log.append("task", [submitted()], 0)
+        assert (refused.value.task_id, refused.value.expected, refused.value.actual) == (
+            "task", 0, 2,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("expected", [1, 3, -1])
+    async def test_moved_streams(self, store: Store, expected: int) -> None:
+        """Any other version than the present one is refused, earlier and later alike."""
+        await store.start("task")
+        with pytest.raises(ConcurrencyError):
+            await store.log.append("task", [Chunk(text="x")], expected)
+        assert await store.log.append("task", [Chunk(text="x")], 2) == 3
+
+    async def test_streams_that_are_not_there(self, store: Store) -> None:
+        """A version of a stream that doesn't exist is refused; without one it must be a beginning."""
+        with pytest.raises(ConcurrencyError):
+            await store.log.append("task", [Cancelled()], 1)
+        with pytest.raises(InvalidTransition):
+            await store.log.append("task", [Cancelled()], None)
+
+    async def test_any_version(self, store: Store) -> None:
+        """None writes at whatever version there is, as long as it may follow."""
+        await store.start("task")
+        assert await store.log.append("task", [CancelRequested(by="me")], None) == 3
+        with pytest.raises(InvalidTransition):
+            await store.log.append("task", [CancelRequested(by="me")], None)
+
+    @pytest.mark.parametrize("expected", [0, 2, None])
+    async def test_nothing_to_append(
+        self, store: Store, backend: Backend, database_url: str, expected: int | None
+    ) -> None:
+        """Appending no events changes nothing, and still holds the caller to the version."""
+        task_id = "task" if expected != 0 else "other"
+        await store.start("task")
+        before = everything(backend, database_url)
+        assert await store.log.append(task_id, [], expected) == (
+            expected or 2 if expected != 0 else 0
+        )
+        with pytest.raises(ConcurrencyError):
+            await store.log.append("task", [], 1)
+        assert everything(backend, database_url) == before
+
+
+class TestRefused:
+    """What is refused leaves no trace."""
+
+    @pytest.mark.parametrize(
+        "events",
+        [
+            [Completed()],
+            [running(2)],
+            [Chunk(text="x"), Chunk(text="y", offset=5)],
+            [Chunk(text="x"), Completed(output_length=1), Cancelled()],
+            [UsageReported(usage=Usage()), submitted()],
+        ],
+        ids=lambda events: ",".join(event.type for event in events),
+    )
+    async def test_invalid_transitions(
+        self, store: Store, backend: Backend, database_url: str, events: list[Event]
+    ) -> None:
+        """Of events that can't follow, not even those before the one at fault are written."""
+        await store.log.append("task", [submitted()], 0)
+        if events[0].type not in ("completed", "running"):
+            await store.log.append("task", [running()], 1)
+        before = everything(backend, database_url)
+
+        with pytest.raises(InvalidTransition):
+            await store.log.append("task", events, None)
+        assert everything(backend, database_url) == before
+        assert_sound(database_url)
+
+    async def test_the_stream_goes_on_after_a_refusal(self, store: Store) -> None:
+        """A refused append changes nothing of what the writer knows, in the same commit either."""
+        await store.start("task")
+        with held(store):
+            waiting = [
+                asyncio.create_task(store.log.append("task", events, 2))
+                for events in (
+                    [Chunk(text="abc"), Chunk(text="gap", offset=9)],
+                    [Chunk(text="ab")],
+                )
+            ]
+            await asyncio.sleep(0)
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(outcomes[0], InvalidTransition)
+        assert outcomes[1] == 3
+        assert await store.log.append("task", [Completed(output_length=2)], 3) == 4
+
+    async def test_a_second_ending(self, store: Store) -> None:
+        """A task that has ended takes no other ending."""
+        await store.start("task")
+        await store.log.append("task", [Completed()], 2)
+        for ending in (Completed(), Failed(error_class="X", message="x", attempts=1), Cancelled()):
+            with pytest.raises(InvalidTransition):
+                await store.log.append("task", [ending], 3)
+
+
+class TestKeys:
+    """A key belongs to one task."""
+
+    async def test_taken(self, store: Store) -> None:
+        """A second task with a key is refused and told whose it is."""
+        await store.submit("first", key="row 1")
+        with pytest.raises(DuplicateKey) as refused:
+            await store.submit("second", key="row 1")
+        assert (refused.value.key, refused.value.task_id) == ("row 1", "first")
+        assert await store.submit("second", key="row 2") == 1
+
+    async def test_taken_in_the_same_commit(self, store: Store) -> None:
+        """Of two in one transaction the first gets it."""
+        with held(store):
+            waiting = [asyncio.create_task(store.submit(f"t{n}", key="row 1")) for n in range(3)]
+            await asyncio.sleep(0)
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert outcomes[0] == 1
+        assert [type(outcome) for outcome in outcomes[1:]] == [DuplicateKey] * 2
+
+    async def test_taken_by_another_process(self, database_url: str) -> None:
+        """What another process has written counts."""
+        async with opened(database_url) as one, opened(database_url) as other:
+            await one.submit("first", key="row 1")
+            with pytest.raises(DuplicateKey):
+                await other.submit("second", key="row 1")
+
+    async def test_not_taken_by_what_was_refused(self, store: Store) -> None:
+        """A task that was refused doesn't keep its key, in the same commit either."""
+        nowhere = Submitted(task={"prompt": "x", "key": "row 1"}, platforms=())
+        with held(store):
+            waiting = [
+                asyncio.create_task(store.log.append("bad", [nowhere], 0)),
+                asyncio.create_task(store.submit("good", key="row 1")),
+            ]
+            await asyncio.sleep(0)
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(outcomes[0], InvalidTransition)
+        assert outcomes[1] == 1
+
+    async def test_stays_taken(self, store: Store) -> None:
+        """The end of a task doesn't free its key."""
+        await store.submit("task", key="row 1")
+        await store.log.append("task", [Cancelled()], 1)
+        with pytest.raises(DuplicateKey):
+            await store.submit("other", key="row 1")
+
+
+class TestSubmitting:
+    """Tasks as they come in: ids, keys and long texts."""
+
+    platforms = Platforms([ScriptedAdapter(platform="demo")])
+
+    def prepare(self, **fields: Any) -> Any:
+        """Return a task that is ready to be written down."""
+        return prepare(Task(**{"prompt": "x", **fields}), self.platforms, "demo")
+
+    async def test_ids_that_collide(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An id that is taken is drawn again, against the database and within one commit."""
+        drawn = iter(["a", "a", "b", "a", "b", "a", "c"])
+        monkeypatch.setattr(submission, "generate_task_id", lambda _platform: next(drawn))
+        await store.submit("a")
+
+        ready = [self.prepare() for _ in range(2)]
+        assert [one.task_id for one in ready] == ["a", "a"]
+        outcomes = await store.log.write(lambda tx: submit(tx, ready))
+
+        assert [outcome.task_id for outcome in outcomes] == ["b", "c"]
+        assert all(outcome.new for outcome in outcomes)
+
+    async def test_ids_that_were_given(self, store: Store) -> None:
+        """An id that was chosen by hand and is taken is an error of that task only."""
+        ready = [self.prepare(task_id="mine"), self.prepare(task_id="mine"), self.prepare()]
+        outcomes = await store.log.write(lambda tx: submit(tx, ready))
+
+        assert outcomes[0].task_id == "mine"
+        assert isinstance(outcomes[1], InvalidTask)
+        assert outcomes[2].new
+
+    async def test_known_keys(self, store: Store) -> None:
+        """A task whose key is known is not written again; the answer is the task that has it."""
+        ready = [self.prepare(key="k", task_id="first"), self.prepare(key="k")]
+        outcomes = await store.log.write(lambda tx: submit(tx, ready))
+        again = await store.log.write(lambda tx: submit(tx, ready[1:]))
+
+        assert [(o.task_id, o.new) for o in (*outcomes, *again)] == [
+            ("first", True), ("first", False), ("first", False),
+        ]  # fmt: skip
+
+    async def test_a_long_system_prompt_is_kept_once(
+        self, store: Store, backend: Backend, database_url: str
+    ) -> None:
+        """A text of 4 KiB that many tasks share is stored once, over several commits."""
+        system = "Sei gründlich. " * 1000
+        for _ in range(3):
+            ready = [self.prepare(system=system) for _ in range(20)]
+            await store.log.write(lambda tx, ready=ready: submit(tx, ready))
+
+        assert backend.query(database_url, "SELECT count(*), sum(size) FROM blobs") == [
+            (1, len(system.encode()))
+        ]
+        ((longest,),) = backend.query(database_url, "SELECT max(length(data)) FROM events")
+        assert longest < 300
+
+    async def test_short_texts_stay_in_the_event(
+        self, store: Store, backend: Backend, database_url: str
+    ) -> None:
+        """Below 4 KiB, counted in bytes of UTF-8, a text stays where it is."""
+        ready = [self.prepare(system="x" * 4095), self.prepare(system="ü" * 2048)]
+        await store.log.write(lambda tx: submit(tx, ready))
+        assert backend.query(database_url, "SELECT size FROM blobs") == [(4096,)]
+
+    async def test_a_file_is_stored_once(
+        self, store: Store, backend: Backend, database_url: str, tmp_path: Any
+    ) -> None:
+        """The same content under two names, in two tasks, is one blob."""
+        for name in ("a.txt", "b.md"):
+            (tmp_path / name).write_text("content")
+        ready = [
+            self.prepare(files=[str(tmp_path / "a.txt"), str(tmp_path / "b.md")]),
+            self.prepare(files=[str(tmp_path / "b.md")]),
+        ]
+        await store.log.write(lambda tx: submit(tx, ready))
+        assert backend.query(database_url, "SELECT size, data FROM blobs") == [(7, b"content")]
+
+    async def test_a_task_that_is_refused_leaves_no_blob(
+        self, store: Store, backend: Backend, database_url: str
+    ) -> None:
+        """The texts of a task whose key is known are not stored."""
+        await store.log.write(lambda tx: submit(tx, [self.prepare(key="k")]))
+        ready = [self.prepare(key="k", system="y" * 5000)]
+        await store.log.write(lambda tx: submit(tx, ready))
+        assert backend.query(database_url, "SELECT count(*) FROM blobs") == [(0,)]
+
+
+def gapless(backend: Backend, url: str) -> Counter[str]:
+    """Check that nothing is missing and nothing is there twice; returns the events per task."""
+    positions = [row[0] for row in backend.query(url, "SELECT position FROM events ORDER BY 1")]
+    assert positions == list(range(1, len(positions) + 1))
+    assert backend.query(url, "SELECT position FROM log_head") == [(len(positions),)]
+    versions: Counter[str] = Counter()
+    for task_id, version in backend.query(
+        url,
+        "SELECT s.task_id, e.version FROM events e JOIN streams s ON s.stream_id = e.stream_id "
+        "ORDER BY e.position",
+    ):
+        versions[task_id] += 1
+        assert version == versions[task_id]
+    assert dict(backend.query(url, "SELECT task_id, version FROM streams")) == versions
+    return versions
+
+
+class TestOrder:
+    """Positions and versions have no gaps, whoever writes."""
+
+    async def test_many_producers(self, backend: Backend, database_url: str) -> None:
+        """Fifty streams at once, in one process."""
+
+        async def one(number: int) -> None:
+            task_id = f"task_{number}"
+            version = await store.start(task_id)
+            for offset in range(10):
+                version = await store.log.append(task_id, [Chunk(text="x", offset=offset)], version)
+            await store.log.append(task_id, [Completed(output_length=10)], version)
+
+        async with opened(database_url) as store:
+            await asyncio.gather(*(one(number) for number in range(50)))
+        assert gapless(backend, database_url) == {f"task_{n}": 13 for n in range(50)}
+        assert_sound(database_url)
+
+    def test_two_processes(self, backend: Backend, database_url: str) -> None:
+        """Two processes with twenty streams each, on one database."""
+        run(*(("produce", database_url, name, 20, 10) for name in "ab"))
+        expected = {f"{name}_{number}": 13 for name in "ab" for number in range(20)}
+        assert gapless(backend, database_url) == expected
+        assert_sound(database_url)
+
+    async def test_one_stream_in_two_processes(self, backend: Backend, database_url: str) -> None:
+        """Both append to one stream: each version is acknowledged to exactly one."""
+        await write(database_url, ("task", [(submitted(), running())]))
+        found = run(*[("append_chunks", database_url, "task", 40)] * 2)
+        assert sorted(version for versions in found for version in versions) == list(range(3, 83))
+        assert gapless(backend, database_url) == {"task": 82}
+        assert_sound(database_url)
+
+
+class TestCache:
+    """The writer keeps folds, and never trusts one that is out of date."""
+
+    async def test_another_writer(self, database_url: str) -> None:
+        """After another connection's append, the old version conflicts and the new one fits."""
+        async with opened(database_url) as one, opened(database_url) as other:
+            await one.start("task")
+            await one.log.append("task", [Chunk(text="ab")], 2)
+            await other.log.append("task", [Chunk(text="cd", offset=2)], 3)
+
+            with pytest.raises(ConcurrencyError):
+                await one.log.append("task", [Chunk(text="ef", offset=2)], 3)
+            assert await one.log.append("task", [Chunk(text="ef", offset=4)], 4) == 5
+            assert await other.log.append("task", [Completed(output_length=6)], 5) == 6
+            with pytest.raises(InvalidTransition):
+                await one.log.append("task", [Cancelled()], None)
+        assert_sound(database_url)
+
+    async def test_another_process(self, database_url: str) -> None:
+        """The same with a process of its own."""
+        async with opened(database_url) as store:
+            await store.start("task")
+            with children(("end", database_url, "task")) as (child,):
+                child.go()
+                assert await asyncio.to_thread(child.result) == 3
+            with pytest.raises(ConcurrencyError):
+                await store.log.append("task", [Chunk(text="x")], 2)
+
+    async def test_after_a_rollback(self, store: Store) -> None:
+        """What a transaction had folded in before it was rolled back is forgotten."""
+
+        def broken(tx: Transaction) -> None:
+            tx.append("task", [Chunk(text="abc")], 2)
+            raise ZeroDivisionError
+
+        await store.start("task")
+        with pytest.raises(ZeroDivisionError):
+            await store.log.write(broken)
+        assert await store.log.append("task", [Chunk(text="ab")], 2) == 3
+        assert await store.log.append("task", [Completed(output_length=2)], 3) == 4
+
+    async def test_more_streams_than_are_kept(
+        self, database_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A stream whose fold was dropped is folded again from the log."""
+        small = log_module.FoldCache(2)
+        monkeypatch.setattr(log_module, "FoldCache", lambda: small)
+        async with opened(database_url) as store:
+            for number in range(5):
+                await store.start(f"t{number}")
+            for offset in range(3):
+                for number in range(5):
+                    await store.log.append(f"t{number}", [Chunk(text="x", offset=offset)], None)
+            for number in range(5):
+                await store.log.append(f"t{number}", [Completed(output_length=3)], 5)
+        assert_sound(database_url)
+
+    async def test_ended_tasks_are_not_kept(self, store: Store) -> None:
+        """Nobody needs the fold of an ended task any more."""
+        cache = log_module.FoldCache()
+        await store.start("task")
+        await store.log.append("task", [Completed()], 2)
+
+        def look(tx: Transaction) -> Any:
+            fold = tx.fold("task")
+            assert fold is not None
+            cache.put(fold)
+            return cache.get("task")
+
+        assert await store.log.write(look) is None
+
+
+class TestWaiting:
+    """Callers that are cancelled, and logs that are closed."""
+
+    async def test_a_cancelled_caller(self, database_url: str) -> None:
+        """A caller that is cancelled while it waits loses nothing, and locks nobody out."""
+        async with opened(database_url) as store, opened(database_url) as other:
+            with held(store):
+                waiting = [asyncio.create_task(store.submit(f"t{n}")) for n in range(20)]
+                await asyncio.sleep(0)
+                for task in waiting[::2]:
+                    task.cancel()
+                await asyncio.sleep(0)
+            outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+            assert [type(o) for o in outcomes] == [asyncio.CancelledError, int] * 10
+
+            assert await asyncio.wait_for(other.submit("another"), 20) == 1
+            for number in range(20):  # it was on its way, and arrived
+                with pytest.raises(ConcurrencyError):
+                    await store.submit(f"t{number}")
+        assert_sound(database_url)
+
+    async def test_cancelled_again_and_again(self, database_url: str) -> None:
+        """Cancelled at whatever moment, each append is there or not, and the next one works."""
+        acknowledged = set()
+        async with opened(database_url) as store:
+            for number in range(60):
+                task = asyncio.create_task(store.submit(f"t{number}"))
+                for _ in range(number % 6):
+                    await asyncio.sleep(0)
+                task.cancel()
+                if await asyncio.gather(task, return_exceptions=True) == [1]:
+                    acknowledged.add(f"t{number}")
+            await store.submit("last")
+        with Database(database_url).snapshot() as connection:
+            assert verify(connection).tasks >= len(acknowledged) + 1
+        assert_sound(database_url)
+
+    async def test_closing_writes_what_waits(self, backend: Backend, database_url: str) -> None:
+        """What was asked for before `close` is written, and its callers are told."""
+        async with opened(database_url) as store:
+            with held(store):
+                waiting = [asyncio.create_task(store.submit(f"t{n}")) for n in range(50)]
+                await asyncio.sleep(0)
+                closing = asyncio.create_task(store.log.close())
+                await asyncio.sleep(0)
+            await closing
+            assert await asyncio.gather(*waiting) == [1] * 50
+        assert len(gapless(backend, database_url)) == 50
+
+    async def test_closed(self, store: Store) -> None:
+        """A closed log takes nothing, says so, and may be closed again."""
+        await store.log.close()
+        with pytest.raises(EngineClosed):
+            await store.submit("task")
+        await store.log.close()
+
+    async def test_never_opened(self, database_url: str) -> None:
+        """A log that wasn't opened takes nothing."""
+        with pytest.raises(EngineClosed):
+            await log_module.EventLog(Database(database_url)).append("task", [submitted()], 0)
+
+    async def test_a_writer_that_is_gone(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Were the writer thread ever to end by itself, nobody would wait for it for ever."""
+
+        def broken(_self: Writer) -> bool:
+            raise ZeroDivisionError("by zero")
+
+        monkeypatch.setattr(Writer, "others_committed", broken)
+        await store.submit("task")
+        following = asyncio.create_task(anext(store.log.feed.follow("task", 1)))
+        with pytest.raises(PerdureError, match="by zero"):
+            async with asyncio.timeout(20):
+                while True:
+                    await store.submit("another")
+                    await asyncio.sleep(0.001)
+        with pytest.raises(PerdureError, match="by zero"):
+            await asyncio.wait_for(following, 20)
+
+
+class TestDefences:
+    """What the database itself refuses, to whoever writes to it."""
+
+    @pytest.fixture
+    async def ended(self, database_url: str) -> str:
+        """A database with a task that has ended."""
+        await write(database_url, ("task", [(submitted(), running()), (Completed(),)]))
+        return database_url
+
+    @staticmethod
+    def plain(backend: Backend, url: str, sql: str) -> None:
+        """Execute a statement with all defences up."""
+        connection = sqlite3.connect(backend.path(url))
+        try:
+            with connection:
+                connection.execute(sql)
+        finally:
+            connection.close()
+
+    @pytest.mark.parametrize("ending", ["completed", "failed", "cancelled"])
+    async def test_a_second_ending(self, backend: Backend, ended: str, ending: str) -> None:
+        """A second ending of a task is refused by an index, not by our code."""
+        with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+            self.plain(
+                backend,
+                ended,
+                "INSERT INTO events SELECT position + 1, stream_id, version + 1, "
+                f"'{ending}', schema_version, data, recorded_at, digest "
+                "FROM events WHERE type = 'completed'",
+            )
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "position = position + 10", "stream_id = stream_id", "version = version + 10",
+            "type = 'chunk'", "schema_version = 2", "data = '{}'", "data = data",
+            "recorded_at = ''", "digest = x''", "data = '{\"redacted\":\"short\"}'",
+            "data = json_set(data, '$.redacted', 5)",
+            "type = 'x', data = json_object('redacted', hex(zeroblob(32)))",
+            "digest = x'', data = json_object('redacted', hex(zeroblob(32)))",
+        ],
+    )  # fmt: skip
+    async def test_edits(self, backend: Backend, ended: str, change: str) -> None:
+        """No column of any event can be changed."""
+        for version in (1, 2, 3):
+            with pytest.raises(sqlite3.IntegrityError, match="never changed"):
+                self.plain(backend, ended, f"UPDATE events SET {change} WHERE version = {version}")
+
+    async def test_tombstones_are_final(self, backend: Backend, ended: str) -> None:
+        """The one change allowed leaves a tombstone, and a tombstone isn't changed again."""
+        bury = "UPDATE events SET data = json_object('redacted', lower(hex(zeroblob(32)))) "
+        self.plain(backend, ended, bury + "WHERE version = 1")
+        with pytest.raises(sqlite3.IntegrityError, match="never changed"):
+            self.plain(backend, ended, bury + "WHERE version = 1")
+
+    @pytest.mark.parametrize("which", ["", "WHERE version = 1", "WHERE version = 3"])
+    async def test_deletions(self, backend: Backend, ended: str, which: str) -> None:
+        """No event can be deleted."""
+        with pytest.raises(sqlite3.IntegrityError, match="never deleted"):
+            self.plain(backend, ended, f"DELETE FROM events {which}")
+
+    async def test_strangers(self, backend: Backend, ended: str) -> None:
+        """The log refuses to go on where the database has what can't be: it doesn't guess."""
+        with backend.shell(ended) as shell:
+            shell.run("UPDATE streams SET version = 2")
+            shell.run("DELETE FROM events WHERE version = 1")
+        async with opened(ended) as store:
+            with pytest.raises(PerdureError, match="perdure verify"):
+                await store.log.append("task", [Cancelled()], None)
+            assert await store.submit("another") == 1
+
+
+class TestUnavailable:
+    """A database that can't be written to, for a while."""
+
+    async def test_full(self, sqlite: Sqlite, backend: Backend, database_url: str) -> None:
+        """On a full disk everyone is told in one line; what was acknowledged stays; it recovers."""
+
+        def limit(tx: Transaction, pages: int) -> None:
+            used = tx.connection.exec_driver_sql("PRAGMA page_count").scalar()
+            tx.connection.exec_driver_sql(f"PRAGMA max_page_count = {(used or 0) + pages}")
+
+        acknowledged: list[str] = []
+        async with opened(database_url) as store:
+            await store.log.write(lambda tx: limit(tx, 20))
+            with pytest.raises(DatabaseUnavailable, match="no space left") as full:
+                for number in range(1000):
+                    await store.submit(f"t{number}", text="x" * 3000)
+                    acknowledged.append(f"t{number}")
+            assert len(str(full.value).splitlines()) == 1
+            with pytest.raises(DatabaseUnavailable):
+                await store.submit("another", text="x" * 9000)
+
+            await store.log.write(lambda tx: limit(tx, 10_000))
+            await store.submit(f"t{len(acknowledged)}")
+        assert set(gapless(backend, database_url)) == {*acknowledged, f"t{len(acknowledged)}"}
+        assert acknowledged
+        assert_sound(database_url)
+
+    def test_files_that_may_not_grow(
+        self, sqlite: Sqlite, backend: Backend, database_url: str
+    ) -> None:
+        """The same where the operating system says no, in the middle of a write."""
+        (found,) = run(("fill_disk", database_url))
+
+        assert len(found["errors"]) == 3
+        for error in found["errors"]:
+            assert error.startswith("DatabaseUnavailable: ")
+            assert len(error.splitlines()) == 1
+        assert found["problems"] == []
+        assert len(found["acknowledged"]) > 5
+        assert set(gapless(backend, database_url)) == set(found["acknowledged"])
+        assert_sound(database_url)
+
+    async def test_locked(
+        self, sqlite: Sqlite, database_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A lock that is held for too long is one line that says so; nothing is lost."""
+        for module in (database_module, readonly):
+            monkeypatch.setattr(module, "BUSY_SECONDS", 0.2)
+        async with opened(database_url) as store:
+            await store.submit("before")
+            with sqlite.shell(database_url) as other:
+                other.run("BEGIN IMMEDIATE")
+                with pytest.raises(DatabaseUnavailable, match="is locked") as locked:
+                    await store.submit("during")
+                assert len(str(locked.value).splitlines()) == 1
+                # Reading goes on.
+                assert await store.database.rows(database_module.sa.text("SELECT 1"))
+                other.run("ROLLBACK")
+            assert await store.submit("during") == 1
+        assert_sound(database_url)
+
+    async def test_locked_for_a_moment(self, sqlite: Sqlite, database_url: str) -> None:
+        """A lock that is held for a moment is waited for."""
+        async with opened(database_url) as store:
+            with sqlite.shell(database_url) as other:
+                other.run("BEGIN IMMEDIATE")
+                waiting = asyncio.create_task(store.submit("task"))
+                await asyncio.sleep(0.05)
+                assert not waiting.done()
+                other.run("COMMIT")
+                assert await waiting == 1
+
+
+class TestWal:
+    """The write-ahead log stays small, and nobody can commit while it is copied back."""
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Check at a quarter of a megabyte instead of four."""
+        monkeypatch.setattr(database_module, "CHECKPOINT_BYTES", 2**18)
+        monkeypatch.setattr(database_module, "CHECKPOINT_STEP", 2**16)
+
+    @staticmethod
+    def wal(url: str) -> int:
+        """Return the size of the write-ahead log."""
+        path = Sqlite.path(url)
+        return path.with_name(path.name + "-wal").stat().st_size
+
+    async def grow(self, store: Store, url: str, name: str, count: int = 60) -> int:
+        """Write half a megabyte; returns the largest size there was on the way."""
+        largest = 0
+        for number in range(count):
+            await store.submit(f"{name}{number}", text="x" * 9000)
+            largest = max(largest, self.wal(url))
+        return largest
+
+    async def test_stays_small(self, sqlite: Sqlite, database_url: str) -> None:
+        """However much is written, the file is started anew again and again."""
+        async with opened(database_url) as store:
+            assert await self.grow(store, database_url, "t", 200) < 2**19
+        assert_sound(database_url)
+
+    async def test_a_reader_holds_it_up_only_for_a_while(
+        self, sqlite: Sqlite, database_url: str
+    ) -> None:
+        """As long as somebody looks at an old state it grows; afterwards it is cut again."""
+        async with opened(database_url) as store:
+            await store.submit("first")
+            with store.database.snapshot() as old:
+                assert verify(old).position == 1
+                held_up = await self.grow(store, database_url, "a")
+                assert held_up > 2**19
+                assert verify(old).position == 1
+            await self.grow(store, database_url, "b", 30)
+            assert self.wal(database_url) < 2**19
+        assert_sound(database_url)
+
+    async def test_never_without_the_lock(self, sqlite: Sqlite, database_url: str) -> None:
+        """While a checkpoint runs nobody else can commit: tried at every one of them."""
+        tried: list[str] = []
+
+        def trace(statement: str) -> None:
+            if "wal_checkpoint" in statement.lower():
+                other = sqlite3.connect(sqlite.path(database_url), timeout=0, isolation_level=None)
+                try:
+                    other.execute("BEGIN IMMEDIATE")
+                    tried.append("got in")
+                except sqlite3.OperationalError as error:
+                    tried.append(str(error))
+                finally:
+                    other.close()
+
+        def spy(tx: Transaction) -> None:
+            raw: Any = tx.connection.connection.dbapi_connection
+            raw.set_trace_callback(trace)
+
+        async with opened(database_url) as store:
+            await store.log.write(spy)
+            await self.grow(store, database_url, "t", 150)
+        assert len(tried) > 2
+        assert set(tried) == {"database is locked"}
+
+    async def test_nobody_else_checkpoints(self, sqlite: Sqlite, database_url: str) -> None:
+        """Automatic checkpoints are off on every connection of ours."""
+        query = "PRAGMA wal_autocheckpoint"
+        async with opened(database_url) as store:
+            writer = await store.log.write(lambda tx: tx.connection.exec_driver_sql(query).scalar())
+            ((reader,),) = [
+                tuple(row.values())
+                for row in await store.database.rows(database_module.sa.text(query))
+            ]
+            with store.database.snapshot() as connection:
+                snapshot = connection.exec_driver_sql(query).scalar()
+            with store.database.migration() as connection:
+                migration = connection.exec_driver_sql(query).scalar()
+        assert [writer, reader, snapshot, migration] == [0] * 4
+
+    async def test_two_writers(self, sqlite: Sqlite, database_url: str) -> None:
+        """Two writers that both check point lose nothing, and the file stays small and sound."""
+        async with opened(database_url) as one, opened(database_url) as other:
+            largest = await asyncio.gather(
+                *(self.grow(store, database_url, f"w{n}_") for n, store in enumerate((one, other)))
+            )
+            assert max(largest) < 2**20
+        assert len(gapless(sqlite, database_url)) == 120
+        assert sqlite.query(database_url, "PRAGMA integrity_check") == [("ok",)]
+        assert_sound(database_url)
+
+    async def test_a_checkpoint_that_fails_fails_nobody(
+        self, sqlite: Sqlite, database_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The commit before it is durable all the same; it is tried again later."""
+        connect: Callable[..., Any] = sqlite3.connect
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread().name == "perdure-writer":
+                raise sqlite3.OperationalError("unable to open database file")
+            return connect(*args, **kwargs)
+
+        async with opened(database_url) as store:
+            monkeypatch.setattr(database_module.sqlite3, "connect", refuse)
+            assert await self.grow(store, database_url, "t") > 2**19
+            monkeypatch.undo()
+            assert await self.grow(store, database_url, "u") > 0
+        assert_sound(database_url)
+
+
+async def test_redacting_is_written_like_all_else(store: Store, database_url: str) -> None:
+    """Work that changes rows beside the log is part of the transaction."""
+    await store.start("task")
+    await store.log.append("task", [Completed()], 2)
+    assert await store.log.write(lambda tx: redact(tx, "task", "me", None), alone=True) == 1
+    assert_sound(database_url)

@@ -1,0 +1,749 @@
+"""Nobody edits history unseen: every kind of tampering on every event of a varied log."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from perdure.errors import DatabaseCorrupt, StoreError
+from perdure.events import EVENT_TYPES, chain_digest
+from perdure.store.database import Database
+from perdure.store.maintenance import VerifyReport, compare, rebuild, verify
+from perdure.store.schema import Timestamp, tasks
+from store.backends import Backend, Sqlite, opened, submitted
+from store.varied import TASK_IDS, tell
+
+EVENT_COLUMNS = (
+    "position", "stream_id", "version", "type", "schema_version", "data", "recorded_at", "digest",
+)  # fmt: skip
+
+
+class Vandal:
+    """Somebody who can change anything, and whose changes are undone after each look."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def run(self, sql: str, *parameters: Any) -> list[Any]:
+        """Execute a statement and return its rows."""
+        result = self.connection.exec_driver_sql(sql, parameters)
+        return list(result.all()) if result.returns_rows else []
+
+    @contextmanager
+    def undone(self) -> Generator[None, None, None]:
+        """Undo everything at the end."""
+        self.run("SAVEPOINT before")
+        try:
+            yield
+        finally:
+            self.run("ROLLBACK TO before")
+            self.run("RELEASE before")
+
+    def state(self) -> list[Any]:
+        """Return all that `verify` is about, value by value."""
+        found: list[Any] = []
+        for table, columns in (
+            ("events", EVENT_COLUMNS),
+            ("streams", ("stream_id", "task_id", "version")),
+            ("log_head", ("id", "position", "digest")),
+            ("blobs", ("digest", "size", "data")),
+        ):
+            quoted = ", ".join(f"quote({name})" for name in columns)
+            found.append(self.run(f"SELECT {quoted} FROM {table} ORDER BY 1, 2, 3"))
+        return found
+
+    def try_(self, *statements: str) -> list[str] | None:
+        """Return the problems found after these statements; None where they change nothing."""
+        with self.undone():
+            before = self.state()
+            try:
+                for statement in statements:
+                    self.run(statement)
+            except DBAPIError:
+                return None  # the database itself refuses it
+            if self.state() == before:
+                return None
+            return self.look()
+
+    def look(self) -> list[str]:
+        """Return the problems found, and hold them to what a problem has to be."""
+        problems = verify(self.connection).problems
+        assert len(problems) <= 100
+        for problem in problems:
+            assert problem.isprintable(), problem
+        return problems
+
+    def must_find(self, *statements: str) -> None:
+        """Check that tampering is found."""
+        problems = self.try_(*statements)
+        assert problems is not None, f"nothing was changed by {statements}"
+        assert problems != [], f"not found: {statements}"
+
+    def positions(self) -> range:
+        """Return the positions of all events."""
+        ((last,),) = self.run("SELECT max(position) FROM events")
+        return range(1, last + 1)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory, migrated_file: Path) -> str:
+    """The varied log, written once."""
+    folder = tmp_path_factory.mktemp("varied")
+    url = Sqlite(folder, migrated_file).new()
+    asyncio.run(tell(url, folder))
+    return url
+
+
+@pytest.fixture
+def vandal(backend: Backend, story: str) -> Generator[Vandal, None, None]:
+    """Somebody with a copy of the varied log, its defences dropped."""
+    url = backend.copy(story)
+    with backend.shell(url):
+        pass
+    with Database(url).snapshot() as connection:
+        connection.exec_driver_sql("PRAGMA query_only = OFF")
+        connection.exec_driver_sql("PRAGMA ignore_check_constraints = ON")
+        yield Vandal(connection)
+
+
+class TestUntouched:
+    """What is as it was written is found to be so."""
+
+    def test_story(self, story: str) -> None:
+        """The varied log verifies, and has every type of event in it."""
+        with Database(story).snapshot() as connection:
+            report = verify(connection)
+            types = set(connection.exec_driver_sql("SELECT type FROM events").scalars())
+        assert report.problems == []
+        assert report.ok
+        assert types == set(EVENT_TYPES)
+        assert (report.tasks, report.redacted) == (len(TASK_IDS), 4)
+        assert report.events == report.position
+
+    def test_empty(self, database_url: str) -> None:
+        """A log without events verifies."""
+        with Database(database_url).snapshot() as connection:
+            report = verify(connection, expect=(0, ""))
+        assert report.ok
+        assert (report.events, report.tasks, report.position, report.digest) == (0, 0, 0, "")
+
+    def test_progress(self, story: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Progress is told on the way, and paging finds the same as one page."""
+        monkeypatch.setattr("perdure.store.maintenance.PAGE", 7)
+        told: list[tuple[int, int]] = []
+        with Database(story).snapshot() as connection:
+            report = verify(connection, progress=lambda done, all_: told.append((done, all_)))
+        assert report.ok
+        assert [done for done, _ in told] == list(range(7, report.events + 1, 7))
+        assert {all_ for _, all_ in told} == {report.events}
+
+
+# What is done to a column of one event; {n} is its position.
+EDITS: dict[str, tuple[str, ...]] = {
+    "position": ("position + 1000", "-position", "0", "position + 9000000000000000000"),
+    "stream_id": (
+        "stream_id + 1000",
+        "(SELECT min(stream_id) FROM streams)",
+        "(SELECT max(stream_id) FROM streams)",
+        "0",
+    ),
+    "version": ("version + 1", "version - 1", "version + 1000", "-version"),
+    "type": ("'chunk'", "'completed'", "'invented'", "upper(type)", "type || ' '", "''"),
+    "schema_version": ("2", "0", "-1", "1.5"),
+    "data": (
+        "replace(data, 'a', 'b')",
+        "data || ' '",
+        "' ' || data",
+        "replace(data, ':', ': ')",
+        "json_set(data, '$.note', 'x')",
+        "json_set(data, '$.redacted', lower(hex(zeroblob(32))))",
+        "json_object('redacted', lower(hex(zeroblob(32))))",
+        "'{}'",
+        "'[]'",
+        "'{'",
+        "''",
+        "CAST(data AS BLOB)",
+    ),
+    "recorded_at": (
+        "replace(recorded_at, 'Z', '+00:00')",
+        "replace(recorded_at, 'T', ' ')",
+        "substr(recorded_at, 1, 19) || 'Z'",
+        "'2000-01-01T00:00:00.000000Z'",
+        "substr(recorded_at, 1, 25) || ((substr(recorded_at, 26, 1) + 1) % 10) || 'Z'",
+        "lower(recorded_at)",
+        "'yesterday'",
+        "''",
+    ),
+    "digest": (
+        "zeroblob(32)",
+        "x''",
+        "substr(digest, 1, 31)",
+        "digest || x'00'",
+        "hex(digest)",
+        "CAST(digest AS TEXT)",
+        "(SELECT e.digest FROM events e WHERE e.position = 1)",
+        "(SELECT max(e.digest) FROM events e)",
+    ),
+}
+
+
+class TestEdits:
+    """A changed value in any column of any event."""
+
+    @pytest.mark.parametrize("column", EVENT_COLUMNS)
+    def test_every_event(self, vandal: Vandal, column: str) -> None:
+        """Each edit of each event is found."""
+        changed = 0
+        for position in vandal.positions():
+            for value in EDITS[column]:
+                problems = vandal.try_(
+                    f"UPDATE events SET {column} = {value} WHERE position = {position}"
+                )
+                assert problems != [], (position, value)
+                changed += problems is not None
+        assert changed >= len(vandal.positions())
+
+    @pytest.mark.parametrize("column", EVENT_COLUMNS)
+    def test_juggled_types(self, vandal: Vandal, backend: Backend, column: str) -> None:
+        """Values that the column can't hold, in one event of each type, are found and crash nothing."""
+        ones = vandal.run("SELECT min(position) FROM events GROUP BY type")
+        changed = 0
+        for (position,), value in itertools.product(ones, backend.juggled):
+            problems = vandal.try_(
+                f"UPDATE events SET {column} = {value} WHERE position = {position}"
+            )
+            assert problems != [], (position, value)
+            changed += problems is not None
+        assert changed > 0
+
+    def test_fields(self, vandal: Vandal) -> None:
+        """A changed, added or removed field in the data of any event is found."""
+        for position, data in vandal.run("SELECT position, data FROM events"):
+            plain = json.loads(data)
+            for name, value in plain.items():
+                for other in (
+                    {**plain, name: [value]},
+                    {k: v for k, v in plain.items() if k != name},
+                ):
+                    with vandal.undone():
+                        vandal.run(
+                            "UPDATE events SET data = ? WHERE position = ?",
+                            json.dumps(other, separators=(",", ":")),
+                            position,
+                        )
+                        assert vandal.look() != [], (position, name)
+
+    def test_one_edit_is_one_problem(self, vandal: Vandal) -> None:
+        """A changed text is reported once, with its place, and not at every event that follows."""
+        with vandal.undone():
+            vandal.run("UPDATE events SET data = replace(data, 'Hé', 'Ho') WHERE type = 'chunk'")
+            (problem,) = vandal.look()
+        assert "good version" in problem
+
+    def test_no_more_than_a_hundred(self, vandal: Vandal) -> None:
+        """A log that is wrong everywhere gives a list that can be read, and the true number."""
+        with vandal.undone():
+            vandal.run("UPDATE events SET digest = zeroblob(32), position = position * 10")
+            assert 1 < len(vandal.look()) <= 100
+
+
+class TestDeletions:
+    """Events that are gone."""
+
+    def test_one(self, vandal: Vandal) -> None:
+        """Any single event, the first and the last among them, with all counters put right or not."""
+        last = vandal.positions()[-1]
+        for position in vandal.positions():
+            delete = f"DELETE FROM events WHERE position = {position}"
+            recount = (
+                "UPDATE streams SET version = (SELECT count(*) FROM events e "
+                "WHERE e.stream_id = streams.stream_id)"
+            )
+            renumber = f"UPDATE events SET position = position - 1 WHERE position > {position}"
+            head = f"UPDATE log_head SET position = {last - 1}"
+            vandal.must_find(delete)
+            vandal.must_find(delete, recount)
+            vandal.must_find(delete, recount, head)
+            vandal.must_find(delete, recount, head, renumber)
+
+    def test_the_last_ones_without_the_head(self, vandal: Vandal) -> None:
+        """A tail that was cut off is found by the head, as long as that wasn't changed too."""
+        for position in vandal.positions():
+            vandal.must_find(
+                f"DELETE FROM events WHERE position >= {position}",
+                "DELETE FROM streams WHERE stream_id NOT IN (SELECT stream_id FROM events)",
+                "UPDATE streams SET version = (SELECT count(*) FROM events e "
+                "WHERE e.stream_id = streams.stream_id)",
+            )
+
+    def test_whole_streams(self, vandal: Vandal) -> None:
+        """A task that vanished as a whole, or only its name."""
+        for (stream_id,) in vandal.run("SELECT stream_id FROM streams"):
+            of = f"WHERE stream_id = {stream_id}"
+            vandal.must_find(f"DELETE FROM events {of}")
+            vandal.must_find(f"DELETE FROM streams {of}")
+            vandal.must_find(
+                f"DELETE FROM events {of}", f"DELETE FROM streams {of}", f"DELETE FROM tasks {of}"
+            )
+
+    def test_all(self, vandal: Vandal) -> None:
+        """Everything."""
+        vandal.must_find("DELETE FROM events")
+        vandal.must_find("DELETE FROM events", "DELETE FROM streams", "DELETE FROM tasks")
+        vandal.must_find(
+            "DELETE FROM events", "DELETE FROM streams", "UPDATE log_head SET position = 0"
+        )
+
+
+class TestInsertions:
+    """Events that nobody wrote."""
+
+    @pytest.mark.parametrize(
+        "place",
+        ["{head} + 1", "{head} + 5", "0", "-1", "-9223372036854775808", "9223372036854775807"],
+    )
+    def test_at_the_ends(self, vandal: Vandal, place: str) -> None:
+        """A copy of any event, put before the first or after the last."""
+        head = vandal.positions()[-1]
+        for position in vandal.positions():
+            insert = (
+                f"INSERT INTO events SELECT {place.format(head=head)}, stream_id, "
+                "(SELECT max(version) + 1 FROM events x WHERE x.stream_id = e.stream_id), "
+                "'note', schema_version, data, recorded_at, digest "
+                f"FROM events e WHERE position = {position}"
+            )
+            count = (
+                "UPDATE streams SET version = (SELECT count(*) FROM events e "
+                "WHERE e.stream_id = streams.stream_id)"
+            )
+            vandal.must_find(insert)
+            vandal.must_find(insert, count)
+            vandal.must_find(insert, count, "UPDATE log_head SET position = position + 1")
+
+    def test_in_the_middle(self, vandal: Vandal) -> None:
+        """A copy of any event, put after it, all that follows moved on."""
+        for position in vandal.positions():
+            vandal.must_find(
+                f"UPDATE events SET position = -position - 1 WHERE position > {position}",
+                "UPDATE events SET position = -position WHERE position < 0",
+                f"INSERT INTO events SELECT {position + 1}, stream_id, version + 1000, 'note', "
+                f"schema_version, data, recorded_at, digest FROM events WHERE position = {position}",
+                "UPDATE log_head SET position = position + 1",
+            )
+
+    def test_replaced(self, vandal: Vandal) -> None:
+        """`INSERT OR REPLACE`, which gets past the triggers of some SQLites."""
+        for position in vandal.positions():
+            vandal.must_find(
+                "INSERT OR REPLACE INTO events SELECT position, stream_id, version, type, "
+                "schema_version, json_set(data, '$.note', 'x'), recorded_at, digest "
+                f"FROM events WHERE position = {position}"
+            )
+
+
+class TestSwaps:
+    """Events that changed places."""
+
+    @pytest.mark.parametrize(
+        "columns",
+        [
+            ("data",), ("digest",), ("type", "data"), ("recorded_at",), ("version",),
+            ("type", "schema_version", "data", "recorded_at"),
+            ("type", "schema_version", "data", "recorded_at", "digest"),
+            ("stream_id", "version"), ("stream_id",),
+        ],
+        ids=",".join,
+    )  # fmt: skip
+    def test_contents(self, vandal: Vandal, columns: tuple[str, ...]) -> None:
+        """Any two events whose contents were exchanged, within a stream and across streams."""
+        changed = 0
+        rows = dict(
+            (row[0], row[1:])
+            for row in vandal.run(f"SELECT position, {', '.join(columns)} FROM events")
+        )
+        assign = ", ".join(f"{name} = ?" for name in columns)
+        for one, other in itertools.combinations(vandal.positions(), 2):
+            if other - one > 3 and (one + other) % 7:
+                continue  # all neighbours, and some of those far apart
+            with vandal.undone():
+                # Out of the way first, for the sake of the unique constraints.
+                vandal.run(
+                    "UPDATE events SET stream_id = -1, version = -1 WHERE position = ?", other
+                ) if "version" in columns or "stream_id" in columns else None
+                try:
+                    vandal.run(f"UPDATE events SET {assign} WHERE position = ?", *rows[other], one)
+                    before = dict(zip(EVENT_COLUMNS, (None,) * len(EVENT_COLUMNS), strict=True))
+                    before.update(zip(columns, rows[one], strict=True))
+                    vandal.run(f"UPDATE events SET {assign} WHERE position = ?", *rows[one], other)
+                except DBAPIError:
+                    continue
+                if rows[one] == rows[other]:
+                    continue
+                changed += 1
+                assert vandal.look() != [], (one, other)
+        assert changed > 0 or columns == ("recorded_at",)
+
+    def test_positions(self, vandal: Vandal) -> None:
+        """Any two neighbours whose positions were exchanged."""
+        for one, other in itertools.pairwise(vandal.positions()):
+            vandal.must_find(
+                f"UPDATE events SET position = -1 WHERE position = {one}",
+                f"UPDATE events SET position = {one} WHERE position = {other}",
+                f"UPDATE events SET position = {other} WHERE position = -1",
+            )
+
+    def test_renumbered(self, vandal: Vandal) -> None:
+        """All positions moved by one, or turned round, or spread."""
+        for way in ("position + 1", "position * 2", "1000 - position", "-position", "position - 1"):
+            vandal.must_find(
+                f"UPDATE events SET position = 1000000 + ({way})",
+                "UPDATE events SET position = position - 1000000",
+            )
+
+
+class TestStreamsAndHead:
+    """What stands beside the events."""
+
+    @pytest.mark.parametrize("column", ["task_id", "version", "stream_id"])
+    def test_streams(self, vandal: Vandal, backend: Backend, column: str) -> None:
+        """Any stream renamed, moved, or with another version."""
+        values = ("version + 1", "version - 1", "task_id || 'x'", "'" + "x" * 300 + "'", "'a/b'")
+        changed = 0
+        for (stream_id,) in vandal.run("SELECT stream_id FROM streams"):
+            for value in (*values, *backend.juggled):
+                problems = vandal.try_(
+                    f"UPDATE streams SET {column} = {value} WHERE stream_id = {stream_id}"
+                )
+                assert problems != [], value
+                changed += problems is not None
+        assert changed > len(TASK_IDS)
+
+    def test_names_exchanged(self, vandal: Vandal) -> None:
+        """Two tasks that exchanged names."""
+        for one, other in itertools.combinations(TASK_IDS, 2):
+            vandal.must_find(
+                f"UPDATE streams SET task_id = 'aside' WHERE task_id = '{one}'",
+                f"UPDATE streams SET task_id = '{one}' WHERE task_id = '{other}'",
+                f"UPDATE streams SET task_id = '{other}' WHERE task_id = 'aside'",
+            )
+
+    def test_keys_moved(self, vandal: Vandal) -> None:
+        """A stream whose key was changed everywhere."""
+        for (stream_id,) in vandal.run("SELECT stream_id FROM streams"):
+            for other in (-5, 0, 10**6):
+                vandal.must_find(
+                    f"UPDATE streams SET stream_id = {other} WHERE stream_id = {stream_id}",
+                    f"UPDATE events SET stream_id = {other} WHERE stream_id = {stream_id}",
+                )
+
+    def test_streams_without_events(self, vandal: Vandal) -> None:
+        """A stream that nobody began."""
+        for name, version in (("new", 0), ("new", 1), ("", 0)):
+            vandal.must_find(f"INSERT INTO streams VALUES (1000, '{name}', {version})")
+
+    def test_head(self, vandal: Vandal, backend: Backend) -> None:
+        """Any change of the head, another head, or none."""
+        values = ("position + 1", "position - 1", "digest", "zeroblob(32)", "hex(digest)")
+        for column, value in itertools.product(("position", "digest"), (*values, *backend.juggled)):
+            assert vandal.try_(f"UPDATE log_head SET {column} = {value}") != [], (column, value)
+        vandal.must_find("DELETE FROM log_head")
+        vandal.must_find("INSERT INTO log_head VALUES (2, 5, x'00')")
+        vandal.must_find("INSERT INTO log_head SELECT 2, position, digest FROM log_head")
+        vandal.must_find("UPDATE log_head SET id = 2")
+
+    def test_a_strange_head_and_an_expectation(self, vandal: Vandal, backend: Backend) -> None:
+        """Nothing in the head makes `verify` with an expectation crash."""
+        for value in ("NULL", *backend.juggled):
+            with vandal.undone():
+                try:
+                    vandal.run(f"UPDATE log_head SET position = {value}")
+                except DBAPIError:
+                    continue
+                assert not verify(vandal.connection, expect=(1000, "00")).ok
+
+
+class TestBlobs:
+    """Long texts and files."""
+
+    def test_contents(self, vandal: Vandal, backend: Backend) -> None:
+        """Any changed, renamed or missing blob, and a size that isn't its own."""
+        rows = vandal.run("SELECT digest FROM blobs")
+        assert len(rows) == 3
+        for (digest,) in rows:
+            of = f"WHERE digest = '{digest}'"
+            vandal.must_find(f"DELETE FROM blobs {of}")
+            for column, values in (
+                ("data", ("data || x'20'", "substr(data, 2)", "CAST(data AS TEXT)", "upper(data)")),
+                ("size", ("size + 1", "-size", "0")),
+                ("digest", ("upper(digest) || 'x'", "digest || ' '", "''")),
+            ):
+                for value in (*values, *backend.juggled):
+                    problems = vandal.try_(f"UPDATE blobs SET {column} = {value} {of}")
+                    assert problems != [], (column, value)
+
+    def test_exchanged(self, vandal: Vandal) -> None:
+        """Two blobs that exchanged their contents."""
+        (one,), (other,), _ = vandal.run("SELECT digest FROM blobs")
+        vandal.must_find(
+            f"UPDATE blobs SET digest = 'aside' WHERE digest = '{one}'",
+            f"UPDATE blobs SET digest = '{one}' WHERE digest = '{other}'",
+            f"UPDATE blobs SET digest = '{other}' WHERE digest = 'aside'",
+        )
+
+
+class TestRedactions:
+    """Content may go only by `redact`, and only where it says so."""
+
+    def test_a_forged_tombstone(self, vandal: Vandal) -> None:
+        """Content replaced by a tombstone with the true digest, in any event of any task."""
+        for position, data in vandal.run("SELECT position, data FROM events"):
+            plain = json.loads(data)
+            true = plain.get("redacted") or hashlib.sha256(data.encode()).hexdigest()
+            for stone in ({"redacted": true}, {**plain, "redacted": true, "note": "x"}):
+                with vandal.undone():
+                    vandal.run(
+                        "UPDATE events SET data = ? WHERE position = ?",
+                        json.dumps(stone, separators=(",", ":"), sort_keys=True),
+                        position,
+                    )
+                    assert vandal.look() != [], (position, stone)
+
+    def test_a_changed_tombstone(self, vandal: Vandal) -> None:
+        """What a tombstone kept can't be changed either."""
+        stones = vandal.run(
+            "SELECT position, data FROM events WHERE json_extract(data, '$.redacted') IS NOT NULL"
+        )
+        assert len(stones) == 4
+        for position, data in stones:
+            plain = json.loads(data)
+            for name in plain:
+                other = {k: v for k, v in plain.items() if k != name}
+                with vandal.undone():
+                    vandal.run(
+                        "UPDATE events SET data = ? WHERE position = ?",
+                        json.dumps(other, separators=(",", ":")),
+                        position,
+                    )
+                    assert vandal.look() != [], (position, name)
+
+    def test_content_that_came_back(self, vandal: Vandal, story: str) -> None:
+        """What was redacted, put back as it was: true, but not what the log says."""
+        with vandal.undone():
+            vandal.run(
+                "UPDATE events SET data = ? WHERE type = 'chunk' AND data LIKE '%redacted%' "
+                "AND json_extract(data, '$.offset') = 0",
+                '{"kind":"text","offset":0,"text":"The secret "}',
+            )
+            assert vandal.look() != []
+
+    def test_the_note_itself(self, vandal: Vandal) -> None:
+        """A changed note, with or without its digest."""
+        for value in (
+            "json_set(data, '$.by', 'nobody')",
+            "json_set(data, '$.tombstones', json('{}'))",
+            "json_remove(data, '$.reason')",
+            "json_set(data, '$.tombstones', 5)",
+            "json_set(data, '$.tombstones', json('{\"x\":\"y\"}'))",
+            "json_set(data, '$.tombstones', json('[1]'))",
+            "'{}'",
+            "'5'",
+        ):
+            vandal.must_find(f"UPDATE events SET data = {value} WHERE type = 'redacted'")
+
+
+class TestExpect:
+    """A head that was noted down elsewhere finds what the chain alone can't."""
+
+    @staticmethod
+    def rewrite(vandal: Vandal, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Write the whole log anew, every digest right, after changing events."""
+        digest = b""
+        rows = vandal.connection.execute(
+            sa.text(
+                "SELECT e.*, s.task_id FROM events e JOIN streams s ON s.stream_id = e.stream_id "
+                "ORDER BY position"
+            )
+        ).mappings().all()  # fmt: skip
+        for row in rows:
+            new = change(dict(row))
+            data = json.loads(new["data"])
+            hashed = (
+                bytes.fromhex(data["redacted"])
+                if "redacted" in data
+                else hashlib.sha256(new["data"].encode()).digest()
+            )
+            at = Timestamp().process_result_value(new["recorded_at"], None)  # type: ignore[arg-type]
+            assert at is not None
+            digest = chain_digest(
+                digest, new["position"], new["task_id"], new["version"], new["type"],
+                new["schema_version"], at, hashed,
+            )  # fmt: skip
+            vandal.run(
+                "UPDATE events SET data = ?, digest = ? WHERE position = ?",
+                new["data"], digest, new["position"],
+            )  # fmt: skip
+        vandal.run("UPDATE log_head SET digest = ?", digest)
+
+    def expectation(self, vandal: Vandal) -> tuple[int, str]:
+        """Return the head as it is."""
+        report = verify(vandal.connection)
+        return report.position, report.digest
+
+    def test_met(self, vandal: Vandal) -> None:
+        """The head of now, and any head of before, are still there."""
+        assert verify(vandal.connection, expect=self.expectation(vandal)).ok
+        for position, digest in vandal.run("SELECT position, lower(hex(digest)) FROM events"):
+            assert verify(vandal.connection, expect=(position, digest)).ok
+            assert not verify(vandal.connection, expect=(position, "00" * 32)).ok
+
+    def test_a_tail_cut_off(self, vandal: Vandal) -> None:
+        """A tail cut off with everything put right is consistent; only the note finds it."""
+        expect = self.expectation(vandal)
+        for position in vandal.positions():
+            with vandal.undone():
+                vandal.run(f"DELETE FROM events WHERE position >= {position}")
+                vandal.run(
+                    "DELETE FROM streams WHERE stream_id NOT IN (SELECT stream_id FROM events)"
+                )
+                vandal.run(
+                    "UPDATE streams SET version = (SELECT max(version) FROM events e "
+                    "WHERE e.stream_id = streams.stream_id)"
+                )
+                vandal.run(
+                    "UPDATE log_head SET position = ?, digest = coalesce("
+                    "(SELECT digest FROM events WHERE position = ?), x'')",
+                    position - 1,
+                    position - 1,
+                )
+                plain = verify(vandal.connection)
+                # A redaction that was cut off leaves its tombstones, which is found as well.
+                assert not [p for p in plain.problems if "redaction" not in p]
+                assert not verify(vandal.connection, expect=expect).ok
+
+    def test_all_written_anew(self, vandal: Vandal) -> None:
+        """A log that was rewritten from some event on is consistent; only the note finds it."""
+        expect = self.expectation(vandal)
+
+        def change(row: dict[str, Any]) -> dict[str, Any]:
+            return {**row, "data": row["data"].replace("wrong prompt", "a good reason")}
+
+        with vandal.undone():
+            self.rewrite(vandal, lambda row: row)
+            assert self.expectation(vandal) == expect
+        with vandal.undone():
+            self.rewrite(vandal, change)
+            assert verify(vandal.connection).ok
+            assert not verify(vandal.connection, expect=expect).ok
+
+
+class TestCompare:
+    """The rows of `tasks`, held against the log."""
+
+    def test_untouched(self, vandal: Vandal) -> None:
+        """They are what the log says."""
+        report = compare(vandal.connection)
+        assert (report.tasks, report.differed) == (len(TASK_IDS), 0)
+
+    @pytest.mark.parametrize("column", [c.name for c in tasks.c])
+    def test_edited(self, vandal: Vandal, backend: Backend, column: str) -> None:
+        """Any changed value in any column of any row is found, and put right by `rebuild`."""
+        before = vandal.run("SELECT * FROM tasks ORDER BY stream_id")
+        changed = 0
+        for stream_id in [row[0] for row in before]:
+            for value in ("'x'", "1", f"{column} || 'x'", *backend.juggled):
+                with vandal.undone():
+                    try:
+                        vandal.run(
+                            f"UPDATE tasks SET {column} = {value} WHERE stream_id = {stream_id}"
+                        )
+                        after = vandal.run("SELECT * FROM tasks ORDER BY stream_id")
+                    except DBAPIError:
+                        continue
+                    if [[(type(v), v) for v in row] for row in after] == [
+                        [(type(v), v) for v in row] for row in before
+                    ]:
+                        continue
+                    changed += 1
+                    assert compare(vandal.connection).differed >= 1, (stream_id, value)
+                    if stream_id == before[0][0]:
+                        assert rebuild(vandal.connection).differed >= 1
+                        assert compare(vandal.connection).differed == 0
+                        assert vandal.run("SELECT * FROM tasks ORDER BY stream_id") == before
+        assert changed > 0
+
+    def test_missing(self, vandal: Vandal) -> None:
+        """Missing rows are found."""
+        for number, task_id in enumerate(TASK_IDS, start=1):
+            assert number > 0
+            with vandal.undone():
+                vandal.run("DELETE FROM tasks WHERE task_id = ?", task_id)
+                assert compare(vandal.connection).differed == 1
+        with vandal.undone():
+            vandal.run("DELETE FROM tasks")
+            assert compare(vandal.connection).differed == len(TASK_IDS)
+
+    @pytest.mark.parametrize("stream_id", [-5, 0, 3000, 2**62])
+    def test_surplus(self, vandal: Vandal, stream_id: int) -> None:
+        """Rows of tasks that never were are found, wherever they stand."""
+        columns = [c.name for c in tasks.c if c.name not in ("stream_id", "task_id", "key")]
+        with vandal.undone():
+            vandal.run(
+                f"INSERT INTO tasks (stream_id, task_id, {', '.join(columns)}) "
+                f"SELECT {stream_id}, 'new', {', '.join(columns)} FROM tasks LIMIT 1"
+            )
+            assert compare(vandal.connection).differed == 1
+
+    def test_a_log_that_cannot_be_folded(self, vandal: Vandal) -> None:
+        """Where the log itself is broken, that is said; nothing is rebuilt from it."""
+        before = vandal.run("SELECT * FROM tasks")
+        for statement in (
+            "DELETE FROM events WHERE version = 1",
+            "UPDATE events SET data = '{' WHERE type = 'running'",
+            "UPDATE events SET type = 'invented' WHERE type = 'running'",
+            "UPDATE events SET recorded_at = 'yesterday' WHERE type = 'running'",
+            "UPDATE events SET data = CAST(x'ff' AS TEXT) WHERE type = 'running'",
+            "UPDATE events SET data = x'ff' WHERE type = 'running'",
+            "UPDATE events SET version = 'x' WHERE type = 'running'",
+        ):
+            with vandal.undone():
+                vandal.run(statement)
+                for look in (compare, rebuild):
+                    with pytest.raises(StoreError) as broken:
+                        look(vandal.connection)
+                    assert len(str(broken.value).splitlines()) == 1
+                assert vandal.run("SELECT * FROM tasks") == before
+
+
+async def test_while_others_write(backend: Backend, database_url: str) -> None:
+    """`verify` looks at one state of the log, however much is written meanwhile."""
+    async with opened(database_url) as store:
+        for number in range(20):
+            await store.submit(f"t{number}")
+
+        def look() -> VerifyReport:
+            with Database(database_url).snapshot() as connection:
+                reached.set()
+                return verify(connection)
+
+        for round_ in range(5):
+            reached = asyncio.Event()
+            looking = asyncio.create_task(asyncio.to_thread(look))
+            for number in range(20):
+                await store.submit(f"t{round_}_{number}")
+            assert (await looking).problems == []
+
+
+def test_corrupt_is_an_error_of_ours() -> None:
+    """What `compare` raises can be caught as what it is."""
+    assert issubclass(DatabaseCorrupt, StoreError)
