@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from perdure.batch.intake import Counts, Intake, Taken
 from perdure.batch.reading import Layout
-from perdure.batch.results import Ledger, ResultsFile, each_result
+from perdure.batch.results import Ledger, each_result, result_line
 from perdure.batch.rows import Defaults, batch_name
 from perdure.batch.runs import Run, latest_runs
 from perdure.batch.source import Source, open_source
@@ -26,7 +26,6 @@ __all__ = [
     "Intake",
     "Layout",
     "Ledger",
-    "ResultsFile",
     "Run",
     "Source",
     "Taken",
@@ -37,4 +36,5 @@ __all__ = [
     "each_result",
     "latest_runs",
     "open_source",
+    "result_line",
 ]

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
 import tempfile
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Final, Self
+from typing import IO, Any, Final
 
 import orjson
 import sqlalchemy as sa
 
 from perdure.batch.intake import Taken
 from perdure.batch.runs import latest_runs, select_where
-from perdure.batch.source import Source
-from perdure.errors import InvalidTask
 from perdure.store.database import Database
 from perdure.store.schema import tasks
 
-__all__ = ["Ledger", "ResultsFile", "each_result"]
+__all__ = ["Ledger", "each_result", "result_line"]
 
 _PAGE: Final = 200
 _USAGE: Final = (
@@ -35,7 +28,7 @@ _LEFT_OUT: Final = frozenset(
         *("key", "fingerprint", "parent", "priority", "batch"),
     }
 )
-_NAMES: Final = tuple(column.name for column in tasks.c if column.name not in _LEFT_OUT)
+_NAMES: Final = tuple(str(column.name) for column in tasks.c if column.name not in _LEFT_OUT)
 _BY_ID: Final = sa.select(*(tasks.c[name] for name in _NAMES))
 _BY_KEY: Final = sa.select(tasks.c.key, *(tasks.c[name] for name in _NAMES))
 
@@ -101,60 +94,6 @@ def _result(taken: Taken, run: Sequence[Any] | None) -> dict[str, Any]:
     return about
 
 
-class ResultsFile:
-    """A file that is there whole, or not at all: written beside its place and then put there.
-
-    Used as a context manager; an error leaves what was at its place as it was.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = Path(os.path.realpath(path))  # a link stays a link
-        self._draft = self._path.with_name(f".{self._path.name[:80]}.{secrets.token_hex(4)}.part")
-        self._direct = self._path.exists() and not self._path.is_file()  # a pipe, a device
-        self._file: IO[bytes] | None = None
-
-    @staticmethod
-    def check(path: Path, source: Source | None = None) -> None:
-        """Raise `InvalidTask` where nothing could be written later: before it costs anything."""
-        folder = path.expanduser().resolve().parent
-        if not folder.is_dir():
-            raise InvalidTask(f"--out: there is no folder {folder}")
-        if path.is_dir():
-            raise InvalidTask(f"--out: {path} is a directory; name a file")
-        if not path.exists():
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise InvalidTask(f"--out: {folder} can't be written to")
-            return
-        about = path.stat()
-        if source is not None and (about.st_dev, about.st_ino) == source.identity:
-            raise InvalidTask(f"--out: {path} is the input; name another file")
-
-    def __enter__(self) -> Self:
-        self._file = self._path.open("wb") if self._direct else self._draft.open("xb")
-        return self
-
-    def write(self, result: Mapping[str, Any]) -> None:
-        """Write a result as a line of JSON."""
-        if self._file is None:
-            raise ValueError("the file isn't open")
-        self._file.write(orjson.dumps(result, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE))
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._file is None:
-            return
-        try:
-            if error is None and not self._direct:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            self._file.close()
-            if error is None and not self._direct:
-                self._draft.replace(self._path)
-        finally:
-            if not self._direct:
-                with contextlib.suppress(OSError):
-                    self._draft.unlink()
+def result_line(result: Mapping[str, Any]) -> bytes:
+    """Return a result as a line of JSON."""
+    return orjson.dumps(result, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE)

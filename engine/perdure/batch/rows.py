@@ -45,6 +45,7 @@ _ASKING: Final = ("prompt", "messages")
 _LONGEST_ID: Final = 280
 _EXACT: Final = 2**53
 _NEAR: Final = 0.82
+_RATHER_NEAR: Final = 0.8
 # Characters of a digest that stand for a row's content: 160 bits.
 _CONTENT: Final = 40
 
@@ -197,7 +198,7 @@ def _remark(name: str) -> str | None:
         return (
             f"the field {name!r} is taken as a label; parameters for a platform go into 'options'"
         )
-    near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=_NEAR)
+    near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=_RATHER_NEAR)
     return f"the field {name!r} is taken as a label; did you mean {near[0]!r}?" if near else None
 
 

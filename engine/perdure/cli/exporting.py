@@ -13,17 +13,7 @@ from typing import Annotated, Final
 import typer
 
 from perdure.cli.figures import things
-from perdure.cli.finding import (
-    BatchOption,
-    Filters,
-    LabelOption,
-    LatestOption,
-    PlatformOption,
-    SearchOption,
-    SinceOption,
-    StatusOption,
-    UntilOption,
-)
+from perdure.cli.finding import FilterOptions
 from perdure.cli.records import EVENT_COLUMNS, TASK_COLUMNS, event_record, events_query, record_of
 from perdure.cli.session import Session
 from perdure.cli.tables import csv_line
@@ -41,6 +31,7 @@ _PAGE_CHARACTERS: Final = 4 * 2**20
 
 def export(
     session: Session,
+    which: FilterOptions,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -55,20 +46,12 @@ def export(
     events: Annotated[
         bool, typer.Option("--events", help="The tasks' events, as they are stored.")
     ] = False,
-    status: StatusOption = None,
-    platform: PlatformOption = None,
-    batch: BatchOption = None,
-    label: LabelOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    search: SearchOption = None,
-    latest: LatestOption = False,
 ) -> None:
     """Write tasks, the oldest first, as JSON lines or CSV: every column, all of its text.
 
     What is submitted while it runs is left out. Other processes can go on writing.
     """
-    filters = Filters.of(status, platform, batch, label, since, until, search, latest)
+    filters = which.filters()
     out = None if out == Path("-") else out
     as_csv = csv or (out is not None and out.suffix.lower() == ".csv" and not session.json)
     if csv and session.json:

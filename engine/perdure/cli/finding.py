@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -11,22 +11,17 @@ from typing import Annotated, Final, TypeAlias
 import typer
 
 from perdure.cli.moments import parse_moment
+from perdure.cli.options import key_values
 from perdure.errors import PerdureError, TaskNotFound
 from perdure.store.readonly import Reader, iso
 
 __all__ = [
     "BatchOption",
+    "FilterOptions",
     "Filters",
     "IdArgument",
     "IdsArgument",
-    "LabelOption",
-    "LatestOption",
-    "PlatformOption",
-    "SearchOption",
-    "SinceOption",
     "Status",
-    "StatusOption",
-    "UntilOption",
     "resolve",
 ]
 
@@ -44,64 +39,9 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
 
 
-StatusOption: TypeAlias = Annotated[
-    list[Status] | None,
-    typer.Option(
-        "--status",
-        "-s",
-        metavar="STATUS",
-        help="pending, running, completed, failed or cancelled; repeatable.",
-        rich_help_panel=_PANEL,
-    ),
-]
-PlatformOption: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--platform", "-p", metavar="NAME", help="Of this platform.", rich_help_panel=_PANEL
-    ),
-]
 BatchOption: TypeAlias = Annotated[
     str | None,
     typer.Option("--batch", "-b", metavar="NAME", help="Of this batch.", rich_help_panel=_PANEL),
-]
-LabelOption: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--label",
-        "-l",
-        metavar="NAME=VALUE",
-        help="With this label; repeatable, all of them count.",
-        rich_help_panel=_PANEL,
-    ),
-]
-SinceOption: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--since",
-        metavar="WHEN",
-        help="Submitted at that time or later: 2026-11-22, 2026-11-22T13:05, 13:05, 2h, 3d, "
-        "yesterday.",
-        rich_help_panel=_PANEL,
-    ),
-]
-UntilOption: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--until", metavar="WHEN", help="Submitted before that time.", rich_help_panel=_PANEL
-    ),
-]
-SearchOption: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--search",
-        metavar="TEXT",
-        help="With this text in the prompt or the output, in upper or lower case.",
-        rich_help_panel=_PANEL,
-    ),
-]
-LatestOption: TypeAlias = Annotated[
-    bool,
-    typer.Option("--latest", help="Without tasks that were run again.", rich_help_panel=_PANEL),
 ]
 IdsArgument: TypeAlias = Annotated[
     list[str],
@@ -114,44 +54,16 @@ IdArgument: TypeAlias = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which tasks; everything left out is no restriction. The options above say what they mean."""
+    """Which tasks; everything left out is no restriction. `FilterOptions` says what they mean."""
 
     statuses: tuple[Status, ...] = ()
     platform: str | None = None
     batch: str | None = None
-    labels: dict[str, str] = field(default_factory=dict[str, str])
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
     since: datetime | None = None
     until: datetime | None = None
     search: str | None = None
     latest: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        status: Sequence[Status] | None = None,
-        platform: str | None = None,
-        batch: str | None = None,
-        label: Sequence[str] | None = None,
-        since: str | None = None,
-        until: str | None = None,
-        search: str | None = None,
-        latest: bool = False,
-    ) -> Filters:
-        """Return what the options say.
-
-        Raises:
-            typer.BadParameter: One of them makes no sense.
-        """
-        return cls(
-            statuses=tuple(dict.fromkeys(status or ())),
-            platform=platform,
-            batch=batch,
-            labels=dict(_label(text) for text in label or ()),
-            since=_moment(since, "--since"),
-            until=_moment(until, "--until"),
-            search=search or None,
-            latest=latest,
-        )
 
     def where(self, reader: Reader) -> tuple[str, dict[str, object]]:
         """Return the condition on `tasks AS t` and its parameters, for queries of this reader."""
@@ -201,11 +113,83 @@ class Filters:
         return "(" + " OR ".join(f"perdure_mentions({c})" for c in columns) + ")"
 
 
-def _label(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise typer.BadParameter(f"{text!r} is no NAME=VALUE", param_hint="--label")
-    return name, value
+@dataclass(frozen=True, slots=True)
+class FilterOptions:
+    """The options that say which tasks are meant."""
+
+    status: Annotated[
+        list[Status] | None,
+        typer.Option(
+            "--status",
+            "-s",
+            metavar="STATUS",
+            help="pending, running, completed, failed or cancelled; repeatable.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    platform: Annotated[
+        str | None,
+        typer.Option(
+            "--platform", "-p", metavar="NAME", help="Of this platform.", rich_help_panel=_PANEL
+        ),
+    ] = None
+    batch: BatchOption = None
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label",
+            "-l",
+            metavar="NAME=VALUE",
+            help="With this label; repeatable, all of them count.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--since",
+            metavar="WHEN",
+            help="Submitted at that time or later: 2026-11-22, 2026-11-22T13:05, 13:05, 2h, 3d, "
+            "yesterday.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    until: Annotated[
+        str | None,
+        typer.Option(
+            "--until", metavar="WHEN", help="Submitted before that time.", rich_help_panel=_PANEL
+        ),
+    ] = None
+    search: Annotated[
+        str | None,
+        typer.Option(
+            "--search",
+            metavar="TEXT",
+            help="With this text in the prompt or the output, in upper or lower case.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    latest: Annotated[
+        bool,
+        typer.Option("--latest", help="Without tasks that were run again.", rich_help_panel=_PANEL),
+    ] = False
+
+    def filters(self) -> Filters:
+        """Return what the options mean.
+
+        Raises:
+            typer.BadParameter: One of them makes no sense.
+        """
+        return Filters(
+            statuses=tuple(dict.fromkeys(self.status or ())),
+            platform=self.platform,
+            batch=self.batch,
+            labels=dict(key_values(self.label, "--label")),
+            since=_moment(self.since, "--since"),
+            until=_moment(self.until, "--until"),
+            search=self.search or None,
+            latest=self.latest,
+        )
 
 
 def _moment(text: str | None, option: str) -> datetime | None:

@@ -47,7 +47,7 @@ class PlainGroup(TyperGroup):
 
 
 def _options(command: Any, ctx: Any) -> dict[str, Rows]:  # noqa: ANN401
-    panels: dict[str, Rows] = {}
+    panels: dict[str, Rows] = {"Arguments": [], "Options": []}
     for parameter in command.get_params(ctx):
         row = parameter.get_help_record(ctx)
         if row is None:
@@ -63,5 +63,7 @@ def _options(command: Any, ctx: Any) -> dict[str, Rows]:  # noqa: ANN401
 
 def _write(panels: dict[str, Rows], formatter: Any) -> None:  # noqa: ANN401
     for heading, rows in panels.items():
+        if not rows:
+            continue
         with formatter.section(heading):
             formatter.write_dl(rows)

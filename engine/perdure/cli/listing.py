@@ -10,17 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from perdure.cli.figures import UNKNOWN, count, dollars, seconds
-from perdure.cli.finding import (
-    BatchOption,
-    Filters,
-    LabelOption,
-    LatestOption,
-    PlatformOption,
-    SearchOption,
-    SinceOption,
-    StatusOption,
-    UntilOption,
-)
+from perdure.cli.finding import FilterOptions
 from perdure.cli.moments import duration, how_long_ago
 from perdure.cli.records import record_of
 from perdure.cli.session import Session
@@ -38,14 +28,7 @@ _LISTED: Final = """
 
 def list_tasks(
     session: Session,
-    status: StatusOption = None,
-    platform: PlatformOption = None,
-    batch: BatchOption = None,
-    label: LabelOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    search: SearchOption = None,
-    latest: LatestOption = False,
+    which: FilterOptions,
     limit: Annotated[
         int,
         typer.Option("--limit", "-n", metavar="N", min=0, help="At most so many; 0 for all."),
@@ -56,7 +39,7 @@ def list_tasks(
     In a pipe: one task a line, tab-separated: id, status, platform, model, batch, submitted (UTC),
     seconds it ran, tokens in, tokens out, US dollars, the prompt's first 200 characters.
     """
-    filters = Filters.of(status, platform, batch, label, since, until, search, latest)
+    filters = which.filters()
     with Reader.open(session.url) as reader:
         where, parameters = filters.where(reader)
         columns = "t.*" if session.json else _LISTED

@@ -1,21 +1,26 @@
-"""Commands that run tasks."""
+"""Commands that run tasks: ask, run, submit, worker, resume, cancel, retry."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from perdure.cli.session import Session, add_command
-from perdure.cli.terminal import show_line
+from perdure.cli.asking import ask
+from perdure.cli.batching import run, submit
+from perdure.cli.redoing import cancel, retry
+from perdure.cli.session import add_command
+from perdure.cli.working import resume, worker
 
+__all__ = ["register"]
 
-def hello(session: Session, n: Annotated[int, typer.Option(help="count")] = 1) -> int | None:
-    """Say hello."""
-    show_line(f"{session} {n}")
-    return 0
+_PANEL = "Running"
 
 
 def register(app: typer.Typer) -> None:
-    """Add them."""
-    add_command(app, hello, name="hello", panel="Running")
+    """Add the commands."""
+    add_command(app, ask, name="ask", panel=_PANEL)
+    add_command(app, run, name="run", panel=_PANEL)
+    add_command(app, submit, name="submit", panel=_PANEL)
+    add_command(app, worker, name="worker", panel=_PANEL)
+    add_command(app, resume, name="resume", panel=_PANEL)
+    add_command(app, cancel, name="cancel", panel=_PANEL)
+    add_command(app, retry, name="retry", panel=_PANEL)

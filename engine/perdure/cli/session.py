@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
@@ -107,8 +107,9 @@ def add_command(
 ) -> None:
     """Make ``function`` a command of ``app``.
 
-    Its first parameter gets the `Session`, the others are typer's. It may be a coroutine function.
-    It returns an exit code, or None for 0; what it raises becomes one line on stderr.
+    Its first parameter gets the `Session`, the others are typer's; one whose type is a dataclass
+    stands for all of its fields, so that commands can share options. It may be a coroutine
+    function. It returns an exit code, or None for 0; what it raises becomes one line on stderr.
 
     Args:
         app: The whole program, or a group of commands.
@@ -116,11 +117,14 @@ def add_command(
         name: The command's name.
         panel: The heading in the help under which it stands.
     """
-    own = inspect.signature(function, eval_str=True)
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    bundles = {p.name: _fields(p.annotation) for p in own if is_dataclass(p.annotation)}
 
     def command(**given: Any) -> None:  # noqa: ANN401 - what typer has parsed
         context: typer.Context = given.pop("context")
         session = _session(context, given.pop("db"), given.pop("as_json"))
+        for name, (make, fields) in bundles.items():
+            given[name] = make(**{field.name: given.pop(field.name) for field in fields})
         send_log_to_stderr()
         code = guarded(lambda: _carry_out(function, session, given))
         raise typer.Exit(code)
@@ -131,13 +135,23 @@ def add_command(
         inspect.Parameter("db", keyword, default=None, annotation=DbOption),
         inspect.Parameter("as_json", keyword, default=False, annotation=JsonOption),
     )
-    parameters = [p.replace(kind=keyword) for p in list(own.parameters.values())[1:]]
+    parameters = [
+        shown.replace(kind=keyword)
+        for parameter in own
+        for shown in (bundles[parameter.name][1] if parameter.name in bundles else (parameter,))
+    ]
     signature = inspect.Signature([added[0], *parameters, *added[1:]])
     command.__name__ = function.__name__
     command.__doc__ = function.__doc__
     command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     command.__dict__["__signature__"] = signature
     app.command(name, cls=PlainCommand, rich_help_panel=panel)(command)
+
+
+def _fields(bundle: Any) -> tuple[Callable[..., Any], Sequence[inspect.Parameter]]:  # noqa: ANN401
+    """Return how a bundle of options is made, and the parameters that it stands for."""
+    parameters = inspect.signature(bundle, eval_str=True).parameters
+    return bundle, tuple(parameters.values())
 
 
 def add_group(app: typer.Typer, *, name: str, about: str, panel: str | None = None) -> typer.Typer:

@@ -86,7 +86,7 @@ def lay_out(known: Known, *, full: bool) -> Iterator[str]:
         yield f"  {'attempt':<{_LABEL_WIDTH}}{_text(_attempt(attempt))}"
     for heading, text in _texts(known):
         yield ""
-        yield paint(heading, "dim")
+        yield paint(_text(heading), "dim")
         yield from _shortened(text, full=full)
 
 

@@ -9,18 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from perdure.cli.figures import UNKNOWN, count, dollars, of_these, seconds
-from perdure.cli.finding import (
-    BatchOption,
-    Filters,
-    LabelOption,
-    LatestOption,
-    PlatformOption,
-    SearchOption,
-    SinceOption,
-    Status,
-    StatusOption,
-    UntilOption,
-)
+from perdure.cli.finding import FilterOptions, Status
 from perdure.cli.session import Session
 from perdure.cli.tables import paint, table
 from perdure.cli.terminal import is_terminal, one_line, say, show_json, show_line
@@ -63,21 +52,14 @@ _RAN: Final = "(julianday(t.ended_at) - julianday(t.started_at)) * 86400"
 
 def stats(
     session: Session,
-    status: StatusOption = None,
-    platform: PlatformOption = None,
-    batch: BatchOption = None,
-    label: LabelOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    search: SearchOption = None,
-    latest: LatestOption = False,
+    which: FilterOptions,
 ) -> None:
     """Sum tasks up: by status, platform, model, batch and error; tokens, cost, and how long.
 
     With --json one object a line: the whole (kind total), then one for each platform and model
     (kind model), batch and error.
     """
-    filters = Filters.of(status, platform, batch, label, since, until, search, latest)
+    filters = which.filters()
     with Reader.open(session.url) as reader:
         found = list(_sum_up(reader, *filters.where(reader)))
     if session.json:

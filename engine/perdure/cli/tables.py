@@ -84,7 +84,7 @@ def table(
     kept = [i for i, name in enumerate(headers) if name in whole]
     widths = fit(wanted, width - _GAP * (len(names) - 1), kept)
     if widths is None:
-        return _blocks(names, chain(head, cells), width)
+        return _blocks(names, chain(head, cells), width, kept)
     right = [_is_numeric(head, i) for i in range(len(names))]
     coloured = headers.index(painted) if painted in headers else None
     write(paint(_line(names, widths, right), "bold") + "\n")
@@ -133,16 +133,20 @@ def _line(
     return (" " * _GAP).join(shown)
 
 
-def _blocks(names: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> int:
-    write = sys.stdout.write
-    indent = max(cell_width(name) for name in names)
+def _blocks(
+    names: Sequence[str], rows: Iterable[Sequence[str]], width: int, kept: Sequence[int]
+) -> int:
+    """Draw each row as a block of lines, a value on each."""
+    indent = max(cell_width(name) for name in names) + _GAP
+    room = max(width - indent, _NARROWEST)
     count = 0
     for row in rows:
         if count:
-            write("\n")
-        for name, text in zip(names, row, strict=True):
-            space = " " * (indent - cell_width(name) + _GAP)
-            write(paint(name, "bold") + space + _cut(text, max(width - indent - _GAP, 20)) + "\n")
+            sys.stdout.write("\n")
+        for i, (name, text) in enumerate(zip(names, row, strict=True)):
+            space = " " * (indent - cell_width(name))
+            shown = text if i in kept else _cut(text, room)
+            sys.stdout.write(paint(name, "bold") + space + shown + "\n")
         count += 1
     return count
 

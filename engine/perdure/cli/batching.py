@@ -1,0 +1,243 @@
+"""`perdure run` and `perdure submit`: the rows of a file as a batch of tasks."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import aclosing
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from perdure.cli.exits import ExitCode
+from perdure.cli.figures import count, things
+from perdure.cli.interrupts import Interrupts
+from perdure.cli.options import ConcurrencyOption, TaskOptions
+from perdure.cli.session import Session
+from perdure.cli.summary import Summary
+from perdure.cli.supervising import supervise
+from perdure.cli.terminal import complain, say, show_json, show_line
+from perdure.cli.watching import watching
+from perdure.errors import InvalidTask
+from perdure.wholefile import WholeFile
+
+if TYPE_CHECKING:
+    from perdure.batch import Defaults, Intake, Ledger, Source, Taken
+    from perdure.store.database import Database
+
+__all__ = ["run", "submit"]
+
+
+class RowLayout(StrEnum):
+    """How rows are written down."""
+
+    JSONL = "jsonl"
+    CSV = "csv"
+
+
+NameOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--name", "-n", metavar="NAME", help="The batch's name; default: from the file's name."
+    ),
+]
+LayoutOption: TypeAlias = Annotated[
+    RowLayout | None,
+    typer.Option(
+        "--format", metavar="jsonl|csv", help="How the rows are written; default: found out."
+    ),
+]
+RetryOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed",
+        help="Run rows again that failed or were cancelled, as they are in the file now.",
+    ),
+]
+
+
+async def run(
+    session: Session,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE|-", help="JSON lines or CSV, a row a task; - is stdin.")
+    ],
+    task: TaskOptions,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE|-",
+            help="Where the results go, as JSON lines in the order of the input; - is stdout.",
+        ),
+    ] = None,
+    concurrency: ConcurrencyOption = 8,
+    name: NameOption = None,
+    retry_failed: RetryOption = False,
+    layout: LayoutOption = None,
+) -> int:
+    """Run a file of tasks, or go on with it.
+
+    Running the same command again does only what isn't done. Ctrl-C lets what runs finish; twice
+    cancels it and keeps the partial output.
+    """
+    from perdure.batch import Intake, Ledger, count_batch
+    from perdure.store.claims import Scope
+    from perdure.worker import WorkerSettings
+
+    source, batch, defaults = _prepare(file, name, task, out)
+    scope = Scope(batch=batch)
+    settings = WorkerSettings(concurrency=concurrency)
+    ledger = None if out is None else Ledger()
+    async with session.engine(create=True, scope=scope, settings=settings) as engine:
+        intake = Intake(
+            engine,
+            batch,
+            defaults,
+            retry=retry_failed,
+            on_taken=lambda rows: _note(rows, ledger),
+            on_remark=lambda remark: complain(f"{source.name}: {remark}"),
+        )
+        with Interrupts() as interrupts:
+            async with watching(engine, scope, batch):
+                feeding = _feed(intake, source, layout)
+                complete = await supervise(engine, interrupts, feeding=feeding)
+            written = None
+            if out is not None and ledger is not None and complete:
+                if not interrupts.terminated.is_set():
+                    written = await _write_results(engine.database, ledger, out)
+            elif out is not None:
+                say(f"{out} is not written: not all rows were read.")
+        tally = await count_batch(engine.database, batch)
+    summary = Summary(
+        batch=batch,
+        tally=tally,
+        again=_same_command(),
+        counts=intake.counts,
+        out=written,
+        interrupted=interrupts.interrupted,
+    )
+    if session.json and written != "-":
+        show_json(summary.as_json(session))
+    for line in summary.lines(session):
+        say(line)
+    return summary.exit_code
+
+
+async def submit(
+    session: Session,
+    task: TaskOptions,
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE|-", help="JSON lines or CSV, a row a task.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="One task instead of a file.")
+    ] = None,
+    name: NameOption = None,
+    retry_failed: RetryOption = False,
+    layout: LayoutOption = None,
+) -> int:
+    """Write tasks down to be run by somebody else, such as `perdure worker`; prints their ids."""
+    if (file is None) == (prompt is None):
+        raise typer.BadParameter("give either a file or a prompt", param_hint="FILE, --prompt")
+    if file is None:
+        return await _submit_one(session, prompt or "", task)
+    from perdure.batch import Intake, Ledger, each_result
+
+    source, batch, defaults = _prepare(file, name, task, None)
+    ledger = Ledger()
+    async with session.engine(create=True) as engine:
+        intake = Intake(
+            engine,
+            batch,
+            defaults,
+            retry=retry_failed,
+            on_taken=lambda rows: _note(rows, ledger),
+            on_remark=lambda remark: complain(f"{source.name}: {remark}"),
+        )
+        await _feed(intake, source, layout)
+        async with aclosing(each_result(engine.database, ledger)) as results:
+            async for result in results:
+                if session.json:
+                    names = ("line", "id", "task_id", "status", "error")
+                    show_json({field: result.get(field) for field in names})
+                elif result["task_id"] is not None:
+                    show_line(result["task_id"])
+    counts = intake.counts
+    known = counts.known + counts.repeated
+    say(f"{batch}: {count(counts.new + counts.retried)} submitted, {count(known)} known already")
+    if counts.bad:
+        say(f"{things(counts.bad, 'row')} could not be submitted.")
+    say(f"To run them: {session.command_line('worker', '--until-done')}")
+    return ExitCode.SOME_FAILED if counts.bad else ExitCode.OK
+
+
+async def _submit_one(session: Session, prompt: str, options: TaskOptions) -> int:
+    from perdure.platforms import Platforms
+    from perdure.task import Task, TaskConstraints
+
+    options.check(Platforms().names)
+    constraints = TaskConstraints(**options.constraints())
+    one = Task(prompt=prompt, constraints=constraints, **options.task_fields())
+    async with session.engine(create=True) as engine:
+        task_id = await engine.submit_task(one)
+    if session.json:
+        show_json({"task_id": task_id})
+    else:
+        show_line(task_id)
+    return ExitCode.OK
+
+
+def _prepare(
+    file: str, name: str | None, options: TaskOptions, out: Path | None
+) -> tuple[Source, str, Defaults]:
+    """Check everything that can be checked before anything is written."""
+    from perdure.batch import Defaults, batch_name, open_source
+    from perdure.platforms import Platforms
+
+    options.check(Platforms().names)
+    source = open_source(file)
+    batch = batch_name(source.batch if name is None else name)
+    if out is not None and str(out) != "-":
+        WholeFile.check(out, "--out")
+        if out.exists() and (out.stat().st_dev, out.stat().st_ino) == source.identity:
+            raise InvalidTask(f"--out: {out} is the input; name another file")
+    return source, batch, Defaults({**options.task_fields(), **options.constraints()})
+
+
+async def _feed(intake: Intake, source: Source, layout: RowLayout | None) -> None:
+    from perdure.batch import Layout
+
+    given = None if layout is None else Layout(layout.value)
+    await intake.take(source.rows(given, lambda remark: complain(f"{source.name}: {remark}")))
+
+
+def _note(rows: Sequence[Taken], ledger: Ledger | None) -> None:
+    for row in rows:
+        if row.problem is not None:
+            own = f" (id {row.id!r})" if row.id is not None else ""
+            complain(f"line {row.line}{own}: {row.problem}")
+    if ledger is not None:
+        ledger.add(rows)
+
+
+async def _write_results(database: Database, ledger: Ledger, out: Path) -> str:
+    from perdure.batch import each_result, result_line
+
+    async with aclosing(each_result(database, ledger)) as results:
+        if str(out) == "-":
+            async for result in results:
+                sys.stdout.buffer.write(result_line(result))
+            sys.stdout.buffer.flush()
+        else:
+            with WholeFile(out) as whole:
+                async for result in results:
+                    whole.write(result_line(result))
+    return str(out)
+
+
+def _same_command() -> str:
+    return shlex.join(("perdure", *sys.argv[1:]))

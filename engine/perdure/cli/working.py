@@ -1,0 +1,106 @@
+"""`perdure worker` and `perdure resume`: run what is waiting, whoever submitted it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from perdure.cli.exits import ExitCode
+from perdure.cli.interrupts import Interrupts
+from perdure.cli.options import ConcurrencyOption
+from perdure.cli.session import Session
+from perdure.cli.summary import Summary
+from perdure.cli.supervising import supervise
+from perdure.cli.terminal import say, show_json
+from perdure.cli.watching import watching
+
+if TYPE_CHECKING:
+    from perdure.store.claims import Scope
+
+__all__ = ["resume", "run_scope", "worker"]
+
+
+async def worker(
+    session: Session,
+    platforms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--platforms",
+            "--platform",
+            "-p",
+            metavar="NAME,…",
+            help="Only tasks of these platforms; default: of all that are installed.",
+        ),
+    ] = None,
+    concurrency: ConcurrencyOption = 8,
+    until_done: Annotated[
+        bool, typer.Option("--until-done", help="End when nothing is left to run.")
+    ] = False,
+) -> int:
+    """Run what is pending, also what others submit, until it is stopped.
+
+    Ctrl-C lets what runs finish; SIGTERM hands it back at once, to be run by another worker.
+    """
+    from perdure.errors import InvalidTask
+    from perdure.platforms import Platforms
+    from perdure.store.claims import Scope
+
+    named = tuple(name.strip() for given in platforms or () for name in given.split(","))
+    if "" in named:
+        raise InvalidTask("--platforms: give names, separated by commas")
+    installed = Platforms()
+    for name in named:
+        installed.check(name)
+    say(f"This worker runs tasks of {', '.join(named or installed.names)}. Ctrl-C stops it.")
+    scope = Scope(platforms=named or None)
+    return await run_scope(session, scope, concurrency, until_done=until_done, create=True)
+
+
+async def resume(session: Session, concurrency: ConcurrencyOption = 8) -> int:
+    """Take over what lost workers had, and run everything that is pending, to its end."""
+    from perdure.store.claims import Scope
+
+    return await run_scope(session, Scope(), concurrency, until_done=True)
+
+
+async def run_scope(
+    session: Session,
+    scope: Scope,
+    concurrency: int,
+    *,
+    until_done: bool,
+    create: bool = False,
+    title: str = "tasks",
+) -> int:
+    """Run the tasks of a scope, show how far it is, and say how it ended."""
+    from perdure.batch import Tallying, count_batch
+    from perdure.worker import WorkerSettings
+
+    settings = WorkerSettings(concurrency=concurrency)
+    async with session.engine(create=create, scope=scope, settings=settings) as engine:
+        tallying = Tallying(engine.database, scope)
+        await tallying.look()
+        with Interrupts() as interrupts:
+            async with watching(engine, scope, title):
+                await supervise(engine, interrupts, until_done=until_done)
+        tally = (
+            await tallying.look()
+            if scope.batch is None
+            else await count_batch(engine.database, scope.batch)
+        )
+    summary = Summary(
+        batch=scope.batch,
+        tally=tally,
+        again=shlex.join(("perdure", *sys.argv[1:])),
+        interrupted=interrupts.interrupted,
+    )
+    if session.json:
+        show_json(summary.as_json(session))
+    for line in summary.lines(session):
+        say(line)
+    if not until_done and not interrupts.first.is_set():
+        return ExitCode.OK  # SIGTERM is how a service is ended, and nothing went wrong
+    return summary.exit_code
