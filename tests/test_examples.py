@@ -1,0 +1,116 @@
+"""What the README and `examples/` show works as it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def run_python(code: Path, folder: Path) -> str:
+    """Run a file in an empty ``folder`` and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-P", str(code)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_library_example_runs(tmp_path: Path) -> None:
+    """The example for Python streams one task, runs two more, and all of them complete."""
+    printed = run_python(EXAMPLES / "library.py", tmp_path)
+    assert printed.count("completed") == 3
+
+
+def test_readme_python_runs(tmp_path: Path) -> None:
+    """The README's Python is a whole program."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    program = tmp_path / "readme.py"
+    program.write_text(block, "utf-8")
+    assert "completed" in run_python(program, tmp_path)
+
+
+# question -> query
+QUERIES = dict(
+    re.findall(
+        r"^-- ([^\n]+\?)[^\n]*\n((?:SELECT|WITH).*?);$",
+        (EXAMPLES / "queries.sql").read_text("utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
+)
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with the tasks of the example for Python."""
+    folder = tmp_path_factory.mktemp("queries")
+    run_python(EXAMPLES / "library.py", folder)
+    return folder / "library.db"
+
+
+@pytest.mark.parametrize("question", QUERIES)
+def test_queries_are_answered(database: Path, question: str) -> None:
+    """Each query of examples/queries.sql runs on the tables and views as they are."""
+    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+        assert connection.execute(QUERIES[question]).description
+
+
+def test_every_query_has_its_question() -> None:
+    """None of the queries is left out above."""
+    assert (EXAMPLES / "queries.sql").read_text("utf-8").count(";\n") == len(QUERIES)
+
+
+def test_tasks_run_to_the_end_and_only_once(tmp_path: Path) -> None:
+    """The quickstart's command completes every row; said again, it has nothing left to do."""
+    tasks = EXAMPLES / "tasks.jsonl"
+    command = [sys.executable, "-P", "-m", "perdure.cli", "run", str(tasks)]
+    command += ["--platform", "demo", "--db", "quickstart.db", "--out", "results.jsonl"]
+    for _ in range(2):
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in tasks.read_text("utf-8").splitlines()]
+    results = (tmp_path / "results.jsonl").read_text("utf-8").splitlines()
+    assert len(results) == len(rows) == len({row["id"] for row in rows}) == 12
+    with closing(sqlite3.connect(tmp_path / "quickstart.db")) as connection:
+        counted = connection.execute("SELECT status, count(*) FROM tasks GROUP BY status")
+        assert counted.fetchall() == [("completed", 12)]
+
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    """Every link to a file, and to a heading in it, finds it."""
+    text = document.read_text("utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    broken = [link for link in links if "://" not in link and not leads_somewhere(document, link)]
+    assert broken == []
+
+
+def leads_somewhere(document: Path, link: str) -> bool:
+    """Return whether ``link`` in ``document`` names a file that is there, and a heading in it."""
+    name, _, heading = link.partition("#")
+    target = document.parent / name if name else document
+    if not target.exists():
+        return False
+    headings = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.MULTILINE) if heading else []
+    anchors = {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}
+    return not heading or heading in anchors
