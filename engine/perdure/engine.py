@@ -401,6 +401,13 @@ class Engine:
             lambda tx: redact(tx, task_id, who, reason), (task_id,), alone=True
         )
 
+    async def recover_lost(self) -> int:
+        """Take over what lost workers had; returns how many tasks that were.
+
+        Workers do so by themselves, now and then; this doesn't wait for one, and runs nothing.
+        """
+        return await self.worker.recover_lost()
+
     async def run_until_done(self) -> None:
         """Run the scope's tasks until none is pending or running, in any process."""
         self.worker.stop_when_done()

@@ -142,7 +142,7 @@ class Worker:
         if not self._registered:
             self._registered = True
             await self._log.write(lambda tx: claims.register_worker(tx, self.worker_id))
-        await self._recover()
+        await self.recover_lost()
         beating = asyncio.create_task(self._beat())
         try:
             while not self._stopping and self._failure is None:
@@ -306,14 +306,14 @@ class Worker:
             await asyncio.sleep(self.settings.heartbeat_seconds)
             try:
                 await self._log.write(lambda tx: claims.beat(tx, self.worker_id))
-                if await self._recover():
+                if await self.recover_lost():
                     self.wake()
             except (StoreError, EngineClosed) as error:
                 self._failure = self._failure or error
                 self._wake.set()
                 return
 
-    async def _recover(self) -> int:
+    async def recover_lost(self) -> int:
         """Take over what lost workers had; returns how many tasks that were."""
         lease = timedelta(seconds=self.settings.lease_seconds)
         recovered = 0

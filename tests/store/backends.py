@@ -102,7 +102,8 @@ class Sqlite:
     juggled = (
         "5", "-1", "0.5", "NULL", "''", "'x'", "x''", "x'00'", "x'ff'", "CAST(x'ff' AS TEXT)",
         "CAST(x'c3' AS TEXT)", "'a' || char(10) || 'b'", "'[]'", "'null'", "'{}'", "9e999",
-        "9223372036854775807", "char(0)", "'2026-02-30T00:00:00.000000Z'", "CAST(x'eda080' AS TEXT)",
+        "9223372036854775807", "char(0)", "'2026-02-30T00:00:00.000000Z'",
+        "CAST(x'eda080' AS TEXT)",
     )  # fmt: skip
 
     def __init__(self, directory: Path, empty: Path) -> None:

@@ -1,7 +1,7 @@
 """What tests of several processes run in the other ones: `python child.py WHAT URL …`.
 
-Each prints `ready`, waits for a line on its standard input, does its part and prints what came of it
-as JSON.
+Each prints `ready`, waits for a line on its standard input, does its part, and prints what came of
+it as JSON.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ async def produce(url: str, name: str, producers: str, chunks: str) -> Any:
 async def append_chunks(url: str, task_id: str, count: str) -> Any:
     """Append chunks to a running task, whoever else does so too, and say at which versions."""
     versions: list[int] = []
+
+    def more(tx: Any) -> int:
+        offset = tx.fold(task_id).state.length()
+        version: int = tx.append(task_id, [Chunk(text="x", offset=offset)], None)
+        return version
+
     async with opened(url) as store:
         _ready()
         for _ in range(int(count)):
-            versions.append(
-                await store.log.write(
-                    lambda tx: tx.append(
-                        task_id, [Chunk(text="x", offset=tx.fold(task_id).state.length())], None
-                    )
-                )
-            )
+            versions.append(await store.log.write(more))  # noqa: PERF401 - one after another
     return versions
 
 
@@ -75,11 +75,11 @@ async def end(url: str, task_id: str) -> Any:
 async def fill_disk(url: str) -> Any:
     """Write until files may not grow any more, then, when they may again, write on."""
     acknowledged: list[str] = []
-    path = Path(url.removeprefix("sqlite:///"))
     async with opened(url) as store:
         _ready()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 300_000, limits[1]))
+        size = store.database.path.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 300_000, limits[1]))
         errors: list[str] = []
         for number in range(200):
             task_id = f"task_{number}"

@@ -11,7 +11,6 @@ import pytest
 from perdure.errors import EngineClosed
 from perdure.events import Accepted, Chunk, Completed, RecordedEvent
 from perdure.store import feed as feed_module
-
 from store.backends import Store, opened
 
 PATIENCE = 60
@@ -163,7 +162,7 @@ async def test_readers_of_many_streams_get_their_own(
 
 
 async def test_listener_misses_nothing_since_a_position(database_url: str) -> None:
-    """Whoever names a position is told of everything after it, also of what came before he asked."""
+    """Whoever names a position is told of all after it, also of what came before he asked."""
     async with opened(database_url) as store:
         await store.start("demo_1")  # positions 1 and 2
         version = await store.log.append("demo_1", [Accepted()], 2)

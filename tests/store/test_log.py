@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sqlite3
 import threading
 from collections import Counter
@@ -228,7 +229,7 @@ class TestExpectedVersions:
         assert await store.log.append("task", [Chunk(text="x")], 2) == 3
 
     async def test_streams_that_are_not_there(self, store: Store) -> None:
-        """A version of a stream that doesn't exist is refused; without one it must be a beginning."""
+        """A version of a stream that doesn't exist is refused; without one it must begin there."""
         with pytest.raises(ConcurrencyError):
             await store.log.append("task", [Cancelled()], 1)
         with pytest.raises(InvalidTransition):
@@ -641,11 +642,13 @@ class TestWaiting:
         monkeypatch.setattr(Writer, "others_committed", broken)
         await store.submit("task")
         following = asyncio.create_task(anext(store.log.feed.follow("task", 1)))
+
+        async def submit_on_and_on() -> None:
+            for number in itertools.count():
+                await store.submit(f"another_{number}")
+
         with pytest.raises(PerdureError, match="by zero"):
-            async with asyncio.timeout(20):
-                while True:
-                    await store.submit("another")
-                    await asyncio.sleep(0.001)
+            await asyncio.wait_for(submit_on_and_on(), 20)
         with pytest.raises(PerdureError, match="by zero"):
             await asyncio.wait_for(following, 20)
 
@@ -733,12 +736,16 @@ class TestUnavailable:
             tx.connection.exec_driver_sql(f"PRAGMA max_page_count = {(used or 0) + pages}")
 
         acknowledged: list[str] = []
+
+        async def fill() -> None:
+            for number in range(1000):
+                await store.submit(f"t{number}", text="x" * 3000)
+                acknowledged.append(f"t{number}")
+
         async with opened(database_url) as store:
             await store.log.write(lambda tx: limit(tx, 20))
             with pytest.raises(DatabaseUnavailable, match="no space left") as full:
-                for number in range(1000):
-                    await store.submit(f"t{number}", text="x" * 3000)
-                    acknowledged.append(f"t{number}")
+                await fill()
             assert len(str(full.value).splitlines()) == 1
             with pytest.raises(DatabaseUnavailable):
                 await store.submit("another", text="x" * 9000)

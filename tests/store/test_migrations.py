@@ -19,7 +19,6 @@ from alembic.script import ScriptDirectory
 from perdure.errors import DatabaseIncompatible, DatabaseUnavailable, StoreError
 from perdure.store import schema
 from perdure.store.database import Database, alembic_config
-
 from store.backends import opened
 
 

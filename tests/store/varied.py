@@ -70,7 +70,7 @@ STORY: tuple[tuple[str, tuple[Event, ...]], ...] = (
     ("secret", (running(1),)),
     ("good", (Accepted(response_id="r1", model="m-1", reattachable=True, cursor="0"),)),
     ("good", (chunk("Let me think", kind="reasoning"), chunk("Hé", cursor="1"))),
-    ("secret", (chunk("The secret "), chunk("is out.", 11), FileCreated(path="secret.txt", size=3))),
+    ("secret", (chunk("The secret "), chunk("is out.", 11), FileCreated(path="secret.txt"))),
     ("good", (UsageReported(usage=USAGE),)),
     ("good", (lost(1, "reattach"),)),
     ("bad", (running(1),)),

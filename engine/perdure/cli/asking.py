@@ -69,10 +69,9 @@ async def ask(
 
 
 def _make_task(prompt: str, options: TaskOptions, files: Any) -> Task:  # noqa: ANN401
-    from perdure.platforms import Platforms
     from perdure.task import Task, TaskConstraints
 
-    options.check(Platforms().names)
+    options.check()
     return Task(
         prompt=_from_stdin() if prompt == "-" else prompt,
         files=tuple(str(file) for file in files),
@@ -153,9 +152,10 @@ class Streamed:
             os.ftruncate(sys.stdout.fileno(), self._start)
             os.lseek(sys.stdout.fileno(), self._start, os.SEEK_SET)
             return
-        self.end()
+        if self._open_line:
+            sys.stdout.write("\n")
         say("perdure: it begins again; what was shown so far is not part of the answer")
-        self.written = False
+        self.written = self._open_line = False
 
     def end(self) -> None:
         """End the line that is open on the terminal."""

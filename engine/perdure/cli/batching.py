@@ -176,10 +176,9 @@ async def submit(
 
 
 async def _submit_one(session: Session, prompt: str, options: TaskOptions) -> int:
-    from perdure.platforms import Platforms
     from perdure.task import Task, TaskConstraints
 
-    options.check(Platforms().names)
+    options.check()
     constraints = TaskConstraints(**options.constraints())
     one = Task(prompt=prompt, constraints=constraints, **options.task_fields())
     async with session.engine(create=True) as engine:
@@ -196,9 +195,8 @@ def _prepare(
 ) -> tuple[Source, str, Defaults]:
     """Check everything that can be checked before anything is written."""
     from perdure.batch import Defaults, batch_name, open_source
-    from perdure.platforms import Platforms
 
-    options.check(Platforms().names)
+    options.check()
     source = open_source(file)
     batch = batch_name(source.batch if name is None else name)
     if out is not None and str(out) != "-":

@@ -141,25 +141,19 @@ class TaskOptions:
         }
         return {name: value for name, value in given.items() if value}
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self) -> None:
         """Raise an error where the options make no sense, whatever the task is.
-
-        Args:
-            names: The platforms that there are.
 
         Raises:
             InvalidTask: A value isn't possible.
             UnknownPlatform: There is no such platform.
         """
-        from perdure.errors import UnknownPlatform
+        from perdure.platforms import Platforms
         from perdure.task import TaskConstraints
 
         TaskConstraints(**self.constraints())
-        known = tuple(names)
-        if self.platform is not None and self.platform not in known:
-            raise UnknownPlatform(
-                f"there is no platform {self.platform!r}; there are: {', '.join(known)}"
-            )
+        if self.platform is not None:
+            Platforms().check(self.platform)
 
 
 def key_values(given: Iterable[str] | None, option: str) -> list[tuple[str, str]]:

@@ -107,7 +107,7 @@ class Summary:
 
     def _where_to_look(self, session: Session) -> Iterator[str]:
         if self.out is not None and self.out != "-":
-            yield f"Results: {self.out}"
+            yield f"Results{' so far' if self.tally.left else ''}: {self.out}"
         elif self.batch is not None and self.out is None:
             yield f"Results: {session.command_line('export', '--batch', self.batch)}"
         if self.batch is not None:

@@ -40,7 +40,7 @@ from perdure.errors import (
 from perdure.store import schema
 from perdure.store.readonly import BUSY_SECONDS, Reader, describe_error, refuse_missing
 
-__all__ = ["Database", "Writer", "overwrite_deleted", "parse_url", "translate"]
+__all__ = ["Database", "Writer", "parse_url", "translate"]
 
 T = TypeVar("T")
 
@@ -349,12 +349,6 @@ class Writer:
         self._engine.dispose()
 
 
-def overwrite_deleted(connection: Connection) -> None:
-    """Have what this connection deletes overwritten in the file, not only marked as free."""
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("PRAGMA secure_delete = ON").close()
-
-
 def alembic_config(connection: Connection) -> Any:  # noqa: ANN401 - alembic is imported lazily
     """Return alembic's configuration for migrations over ``connection``."""
     from alembic.config import Config
@@ -393,6 +387,9 @@ def _prepare_connection(dbapi: Any, _record: object) -> None:  # noqa: ANN401
         "synchronous = FULL",
         "foreign_keys = ON",
         "wal_autocheckpoint = 0",
+        # Rows are written anew as a task goes on: each time its prompt's old place is overwritten,
+        # or `redact` could not promise that the prompt is gone.
+        "secure_delete = ON",
         f"journal_size_limit = {CHECKPOINT_BYTES}",
     ):
         dbapi.execute(f"PRAGMA {pragma}").close()

@@ -13,12 +13,13 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, RowMapping
 
 from perdure.errors import DatabaseCorrupt, InvalidTransition, PerdureError, TaskNotFound
-from perdure.events import Redacted, canonical, chain_digest, decode
+from perdure.events import EVENT_TYPES, Redacted, canonical, chain_digest, decode
 from perdure.store.content import blob_digests, digest_of
-from perdure.store.database import overwrite_deleted
 from perdure.store.projection import TaskFold
+from perdure.store.readonly import iso
 from perdure.store.schema import Timestamp, blobs, events, log_head, streams, tasks
 from perdure.store.transaction import Transaction
+from perdure.text import one_line
 
 __all__ = ["RebuildReport", "VerifyReport", "compare", "rebuild", "redact", "verify"]
 
@@ -55,9 +56,9 @@ class VerifyReport:
         return not self.problems
 
     def problem(self, text: str) -> None:
-        """Note a problem, as long as there aren't too many."""
+        """Note a problem, as long as there aren't too many, on one line that can be shown."""
         if len(self.problems) < MOST_PROBLEMS:
-            self.problems.append(text)
+            self.problems.append(one_line(text))
 
 
 def verify(
@@ -74,28 +75,51 @@ def verify(
         progress: Called with events read and events in all.
     """
     report = VerifyReport()
-    head = connection.execute(sa.select(log_head)).mappings().one_or_none()
-    if head is None:
-        report.problem("the log has lost its head row")
-        return report
-    report.position, report.digest = head["position"], bytes(head["digest"]).hex()
+    head = _verify_head(connection, report)
     walk = _Walk(report)
     for row in _each_event(connection):
         report.events += 1
         try:
             walk.take(row)
-        except (TypeError, ValueError, AttributeError):
+        except _UNREADABLE:
             report.problem(f"position {row['position']}: the row is unreadable")
         if expect is not None and row["position"] == expect[0] and walk.digest.hex() != expect[1]:
             report.problem(f"position {expect[0]}: its digest is not the one expected")
         if progress is not None and report.events % PAGE == 0:
             progress(report.events, report.position)
-    walk.end(head["position"], bytes(head["digest"]))
-    if expect is not None and head["position"] < expect[0]:
-        report.problem(f"the log ends at {head['position']}, before the expected {expect[0]}")
+    walk.end(head)
+    if expect is not None and report.position < expect[0]:
+        report.problem(f"the log ends at {report.position}, before the expected {expect[0]}")
     _verify_streams(connection, walk.versions, report)
     _verify_blobs(connection, walk.blobs, report)
     return report
+
+
+# What comes of values that only somebody else can have stored.
+_UNREADABLE: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+def _verify_head(connection: Connection, report: VerifyReport) -> bytes:
+    """Note the log's head in the report; returns its digest."""
+    heads = connection.execute(
+        sa.select(log_head.c.id, log_head.c.position, _raw(log_head.c.digest))
+    ).all()
+    if len(heads) != 1:
+        lost = "the log has lost its head row"
+        report.problem(f"the log has {len(heads)} head rows" if heads else lost)
+        return b""
+    ((row_id, position, digest),) = heads
+    if row_id != 1 or not isinstance(position, int) or not isinstance(digest, bytes):
+        report.problem("the log's head row is unreadable")
+        return b""
+    report.position, report.digest = position, digest.hex()
+    return digest
+
+
+def _raw(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
+    """Return the column's values as they are stored, whatever they are."""
+    raw: sa.ColumnElement[Any] = sa.type_coerce(column, sa.types.NullType()).label(column.name)
+    return raw
 
 
 class _Walk:
@@ -112,22 +136,25 @@ class _Walk:
     def take(self, row: RowMapping) -> None:
         report, position, task_id = self._report, row["position"], row["task_id"]
         where = f"position {position} ({task_id} version {row['version']})"
+        stored = row["digest"] if isinstance(row["digest"], bytes) else b""
+        # On with what is stored, so that one change is one problem and not one at every event.
+        previous, self.digest = self.digest, stored
         if position != self._position + 1:
-            report.problem(
-                f"position {position}: {position - self._position - 1} events are missing"
-            )
+            report.problem(f"position {position}: position {self._position + 1} was expected")
         self._position = position
         if task_id is None:
             report.problem(f"position {position}: its stream is missing")
-            self.digest = bytes(row["digest"])
             return
-        expected_version = self.versions.get(task_id, 0) + 1
-        if row["version"] != expected_version:
-            report.problem(f"{where}: version {expected_version} was expected")
-        self.versions[task_id] = row["version"]
+        version = self.versions[task_id] = self.versions.get(task_id, 0) + 1
+        if row["version"] != version:
+            report.problem(f"{where}: version {version} was expected")
+        if version == 1 and row["stream_id"] != position:
+            report.problem(f"{where}: its stream's key is {row['stream_id']}")
+        if row["type"] not in EVENT_TYPES:
+            report.problem(f"{where}: {row['type']!r} is no type of event")
         data = row["data"].encode(errors="surrogateescape")
         digest = chain_digest(
-            self.digest,
+            previous,
             position,
             task_id,
             row["version"],
@@ -136,15 +163,12 @@ class _Walk:
             row["recorded_at"],
             self._data_digest(row, data, where),
         )
-        stored = bytes(row["digest"])
         if digest != stored:
             report.problem(f"{where}: the event, or what stands before it, was changed")
         if row["type"] == "submitted" and (b'"blobs":{"' in data or b'"files":' in data):
             self._note_blobs(data)
         if row["type"] == Redacted.type:
             self._accept_tombstones(task_id, data, where)
-        # On with what is stored, so that one change is one problem and not one at every event.
-        self.digest = stored
 
     def _data_digest(self, row: RowMapping, data: bytes, where: str) -> bytes:
         """Return the digest of the data as it was when it was written."""
@@ -179,10 +203,10 @@ class _Walk:
                         f"{where}: the tombstone at version {version} is not the one that was left"
                     )
 
-    def end(self, position: int, digest: bytes) -> None:
-        if self._position != position:
+    def end(self, digest: bytes) -> None:
+        if self._position != self._report.position:
             self._report.problem(
-                f"the log ends at position {self._position}, its head says {position}"
+                f"the log ends at position {self._position}, its head says {self._report.position}"
             )
         elif self.digest != digest:
             self._report.problem("the head's digest is not that of the last event")
@@ -195,69 +219,66 @@ class _Walk:
 def _verify_streams(
     connection: Connection, versions: Mapping[str, int], report: VerifyReport
 ) -> None:
-    last = ""
-    left = dict(versions)
+    last: int | None = None
     while True:
-        page = connection.execute(
-            sa.select(streams)
-            .where(streams.c.task_id > last)
-            .order_by(streams.c.task_id)
-            .limit(PAGE)
-        ).mappings()
-        rows = list(page)
+        page = sa.select(streams).order_by(streams.c.stream_id).limit(PAGE)
+        rows = connection.execute(
+            page if last is None else page.where(streams.c.stream_id > last)
+        ).all()
         for row in rows:
             report.tasks += 1
-            found = left.pop(row["task_id"], 0)
-            if found != row["version"]:
+            found = versions.get(row.task_id, 0)
+            if found != row.version:
                 report.problem(
-                    f"{row['task_id']} should be at version {row['version']}, "
-                    f"its events end at {found}"
+                    f"{row.task_id} should be at version {row.version}, its events end at {found}"
                 )
+            elif not found:
+                report.problem(f"{row.task_id} has no events")
         if len(rows) < PAGE:
             return
-        last = rows[-1]["task_id"]
+        last = rows[-1].stream_id
 
 
 def _verify_blobs(connection: Connection, named: set[str], report: VerifyReport) -> None:
-    last = ""
-    missing = set(named)
-    while True:  # one at a time: each may be as large as a file
-        row = connection.execute(
-            sa.select(blobs.c.digest, blobs.c.data)
-            .where(blobs.c.digest > last)
-            .order_by(blobs.c.digest)
-            .limit(1)
-        ).first()
-        if row is None:
-            break
-        last = row.digest
-        missing.discard(last)
-        if digest_of(bytes(row.data)) != last:
-            report.problem(f"blob {last}: its content was changed")
-    for digest in sorted(missing):
+    stored = set(connection.scalars(sa.select(blobs.c.digest)))
+    for digest in sorted(stored, key=str):
+        if not isinstance(digest, str) or not digest.isascii():
+            report.problem(f"blob {digest!r}: that is no digest")
+            continue
+        row = connection.execute(  # one at a time: each may be as large as a file
+            sa.select(_raw(blobs.c.data), blobs.c.size).where(blobs.c.digest == digest)
+        ).one()
+        if not isinstance(row.data, bytes) or digest_of(row.data) != digest:
+            report.problem(f"blob {digest}: its content was changed")
+        elif row.size != len(row.data):
+            report.problem(f"blob {digest}: its size is {len(row.data)} bytes, not {row.size}")
+    for digest in sorted(named - stored):
         report.problem(f"blob {digest}: it is missing")
 
 
 def _each_event(connection: Connection) -> Iterator[RowMapping]:
-    position = 0
+    page = (
+        sa.select(
+            *(c for c in events.c if c not in (events.c.recorded_at, events.c.digest)),
+            _RECORDED_AT,
+            _raw(events.c.digest),
+            streams.c.task_id,
+        )
+        .join_from(events, streams, events.c.stream_id == streams.c.stream_id, isouter=True)
+        .order_by(events.c.position)
+        .limit(PAGE)
+    )
+    last: int | None = None
     while True:
-        rows = list(
-            connection.execute(
-                sa.select(
-                    *(c for c in events.c if c is not events.c.recorded_at),
-                    sa.type_coerce(events.c.recorded_at, _AnyTimestamp).label("recorded_at"),
-                    streams.c.task_id,
-                )
-                .join_from(events, streams, events.c.stream_id == streams.c.stream_id, isouter=True)
-                .where(events.c.position > position)
-                .order_by(events.c.position)
-                .limit(PAGE)
-            ).mappings()
+        rows = (
+            connection.execute(page if last is None else page.where(events.c.position > last))
+            .mappings()
+            .all()
         )
         yield from rows
         if len(rows) < PAGE:
             return
-        position = rows[-1]["position"]
+        last = rows[-1]["position"]
 
 
 class _AnyTimestamp(Timestamp):
@@ -265,14 +286,19 @@ class _AnyTimestamp(Timestamp):
 
     cache_ok = True
 
-    def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime:  # noqa: ANN401
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:  # noqa: ANN401
+        if value is None or isinstance(value, datetime):
+            return value
         try:
-            return super().process_result_value(value, dialect) or _NO_MOMENT
-        except ValueError:
+            moment = datetime.fromisoformat(value)
+            written = iso(moment) if moment.tzinfo is not None else None
+        except (TypeError, ValueError, OverflowError):
             return _NO_MOMENT
+        return moment if value == written else _NO_MOMENT  # else it would sort in another place
 
 
 _NO_MOMENT: Final = datetime(1, 1, 1, tzinfo=UTC)
+_RECORDED_AT: Final = sa.type_coerce(events.c.recorded_at, _AnyTimestamp).label("recorded_at")
 
 
 @dataclass(slots=True)
@@ -296,7 +322,8 @@ def rebuild(connection: Connection, progress: Progress | None = None) -> Rebuild
     """
     report = compare(connection, progress)
     connection.execute(sa.delete(tasks))
-    for rows in _folded(connection):
+    for folds in _folded(connection):
+        rows = [row for row in folds.values() if row is not None]
         if rows:
             connection.execute(sa.insert(tasks), rows)
     return report
@@ -306,24 +333,16 @@ def compare(connection: Connection, progress: Progress | None = None) -> Rebuild
     """Hold `tasks` against the log, and change nothing."""
     report = RebuildReport()
     total: int = connection.execute(sa.select(sa.func.count()).select_from(streams)).scalar_one()
-    for rows in _folded(connection):
-        stored = (
-            {
-                row["stream_id"]: dict(row)
-                for row in connection.execute(
-                    sa.select(tasks).where(
-                        tasks.c.stream_id >= rows[0]["stream_id"],
-                        tasks.c.stream_id <= rows[-1]["stream_id"],
-                    )
-                ).mappings()
-            }
-            if rows
-            else {}
-        )
-        for row in rows:
-            report.tasks += 1
-            report.differed += stored.pop(row["stream_id"], None) != row
-        report.differed += len(stored)
+    for folds in _folded(connection):
+        stored = {
+            row["stream_id"]: dict(row)
+            for row in connection.execute(
+                _STORED_ROWS.where(tasks.c.stream_id.between(min(folds), max(folds)))
+            ).mappings()
+        }
+        for stream_id, row in folds.items():
+            report.tasks += row is not None
+            report.differed += stored.get(stream_id) != row
         if progress is not None:
             progress(report.tasks, total)
     surplus = sa.select(sa.func.count()).where(
@@ -333,38 +352,63 @@ def compare(connection: Connection, progress: Progress | None = None) -> Rebuild
     return report
 
 
-def _folded(connection: Connection) -> Iterator[list[dict[str, Any]]]:
+def _stored(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
+    """Return a column of `tasks` so that no value in it is an error, or passes for another one."""
+    if isinstance(column.type, Timestamp):
+        return sa.type_coerce(column, _AnyTimestamp).label(column.name)
+    if isinstance(column.type, sa.Boolean):
+        return _raw(column)
+    return column
+
+
+_STORED_ROWS: Final = sa.select(*(_stored(column) for column in tasks.c))
+
+
+def _folded(connection: Connection) -> Iterator[dict[int, dict[str, Any] | None]]:
     """Yield the rows that the log says there should be, some at a time, by ascending stream."""
-    stream_id = 0
+    last: int | None = None
+    page = (
+        sa.select(streams.c.stream_id, streams.c.task_id)
+        .order_by(streams.c.stream_id)
+        .limit(PAGE // 10)
+    )
     while True:
-        page = connection.execute(
-            sa.select(streams.c.stream_id, streams.c.task_id)
-            .where(streams.c.stream_id > stream_id)
-            .order_by(streams.c.stream_id)
-            .limit(PAGE // 10)
-        ).all()
-        if not page:
-            return
-        folds = {row.stream_id: TaskFold(row.task_id, row.stream_id) for row in page}
         found = connection.execute(
-            sa.select(events)
-            .where(
-                events.c.stream_id >= page[0].stream_id, events.c.stream_id <= page[-1].stream_id
-            )
+            page if last is None else page.where(streams.c.stream_id > last)
+        ).all()
+        if not found:
+            return
+        folds = {row.stream_id: TaskFold(row.task_id, row.stream_id) for row in found}
+        last = found[-1].stream_id
+        rows = connection.execute(
+            sa.select(*(c for c in events.c if c is not events.c.recorded_at), _RECORDED_AT)
+            .where(events.c.stream_id.between(found[0].stream_id, last))
             .order_by(events.c.stream_id, events.c.version)
             .execution_options(yield_per=PAGE)
         )
-        for row in found:
-            fold = folds[row.stream_id]
-            try:
-                fold.apply((decode(row.type, row.schema_version, row.data),), row.recorded_at)
-            except InvalidTransition as error:
-                raise DatabaseCorrupt(
-                    f"{fold.task_id} version {row.version} can't be folded ({error}): "
-                    "run `perdure verify`"
-                ) from None
-        yield [fold.new_row() for fold in folds.values() if fold.version]
-        stream_id = page[-1].stream_id
+        for row in rows.mappings():
+            _fold(folds[row["stream_id"]], row)
+        yield {key: _row(fold) if fold.version else None for key, fold in folds.items()}
+
+
+def _fold(fold: TaskFold, row: RowMapping) -> None:
+    where = f"{fold.task_id} version {row['version']}"
+    if row["recorded_at"] == _NO_MOMENT or row["version"] != fold.version + 1:
+        raise DatabaseCorrupt(f"{where} can't be folded: run `perdure verify`")
+    event = decode(row["type"], row["schema_version"], row["data"])
+    try:
+        fold.apply((event,), row["recorded_at"])
+    except (InvalidTransition, *_UNREADABLE) as error:
+        raise DatabaseCorrupt(f"{where} can't be folded ({error}): run `perdure verify`") from None
+
+
+def _row(fold: TaskFold) -> dict[str, Any]:
+    try:
+        return fold.new_row()
+    except _UNREADABLE as error:
+        raise DatabaseCorrupt(
+            f"{fold.task_id} can't be what was submitted ({error}): run `perdure verify`"
+        ) from None
 
 
 # What stays of an event when its content goes: what the fold, the key of a batch's row and the sums
@@ -407,7 +451,6 @@ def redact(tx: Transaction, task_id: str, by: str, reason: str | None) -> int:
         .where(events.c.stream_id == fold.stream_id, events.c.type.in_(tuple(_KEPT)))
         .order_by(events.c.version)
     ).mappings()
-    overwrite_deleted(tx.connection)
     tombstones: dict[str, str] = {}
     orphans: set[str] = set()
     for row in list(rows):

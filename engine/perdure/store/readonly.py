@@ -21,6 +21,7 @@ from perdure.errors import (
     DatabaseCorrupt,
     DatabaseIncompatible,
     DatabaseUnavailable,
+    PerdureError,
     StoreError,
 )
 
@@ -230,6 +231,8 @@ def reading_errors(path: Path) -> Generator[None, None, None]:
         if getattr(error, "sqlite_errorname", None) == "SQLITE_INTERRUPT":
             raise KeyboardInterrupt from None
         raise describe_error(str(error), path) from error
+    except UnicodeEncodeError:
+        raise PerdureError("what was asked for is no UTF-8: nothing here is like it") from None
 
 
 def describe_error(message: str, path: Path) -> StoreError:
