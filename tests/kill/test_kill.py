@@ -1,4 +1,4 @@
-"""`perdure run`, killed again and again at any moment, until it is done: nothing lost, nothing twice.
+"""`perdure run`, killed again and again until it is done: nothing is lost, nothing done twice.
 
 What the platform did is known from the journal of the demonstration platform, which it writes by
 itself, before and after each call. What perdure says is held against that.
@@ -65,8 +65,10 @@ class Batch:
     def start(self) -> subprocess.Popen[bytes]:
         """Start the batch, or go on with it, in a process group of its own."""
         child = subprocess.Popen(
-            [sys.executable, "-m", "perdure.cli", "run", str(self.file), "--concurrency", "4"]
-            + ["--out", str(self.out)],
+            [
+                *(sys.executable, "-m", "perdure.cli", "run", str(self.file)),
+                *("--concurrency", "4", "--out", str(self.out)),
+            ],
             env={**os.environ, "PERDURE_DB": str(self.database)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -201,9 +203,7 @@ def kill_somewhere(batch: Batch, child: subprocess.Popen[bytes]) -> bool:
     return running
 
 
-def test_batch_survives_being_killed_again_and_again(
-    tmp_path: Path, children: list[Batch]
-) -> None:
+def test_batch_survives_being_killed_again_and_again(tmp_path: Path, children: list[Batch]) -> None:
     """Kill -9 at random moments, fifteen times and more: then every row has ended once, as told."""
     batch = Batch(tmp_path, rows=90)
     children.append(batch)

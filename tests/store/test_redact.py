@@ -28,20 +28,20 @@ from perdure.task import Message, Task, TaskStatus
 from perdure_adapters import DemoAdapter
 from store.backends import Sqlite, Store, opened
 
-SECRET = "Xyzzy-the-secret-word"
-LONG = f"{SECRET} " * 400  # long enough to be stored apart
+WORD = "Xyzzy-the-secret-word"
+LONG = f"{WORD} " * 400  # long enough to be stored apart
 
 
 def secret_task(**fields: Any) -> Task:
     """Return a task that has the secret everywhere a task can have something."""
     given: dict[str, Any] = {
-        "prompt": f"What is {SECRET}?",
+        "prompt": f"What is {WORD}?",
         "platform": "demo",
         "system": LONG,
-        "context": {"manual": LONG, "short": SECRET},
-        "metadata": {"note": SECRET},
-        "labels": {"note": SECRET},
-        "options": {"note": SECRET},
+        "context": {"manual": LONG, "short": WORD},
+        "metadata": {"note": WORD},
+        "labels": {"note": WORD},
+        "options": {"note": WORD},
         "key": "the-key",
     }
     return Task(**{**given, **fields})
@@ -59,18 +59,18 @@ async def carry_out(store: Store, task_id: str, *ending: Event) -> None:
     retry = AttemptFailed(
         attempt=1,
         error_class="Overloaded",
-        message=f"too busy for {SECRET}",
+        message=f"too busy for {WORD}",
         retryable=True,
         next="retry",
         retry_at="2026-01-01T00:00:00Z",  # type: ignore[arg-type]
     )
     steps: list[tuple[Event, ...]] = [
         (Running(attempt=1, worker="w", platform="demo"),),
-        (Accepted(response_id="r"), Chunk(text=f"It is {SECRET}")),
+        (Accepted(response_id="r"), Chunk(text=f"It is {WORD}")),
         (retry,),
         (Running(attempt=2, worker="w", platform="demo"),),
-        (Chunk(text=f"{SECRET}, "), Chunk(text="I said.", offset=len(SECRET) + 2)),
-        (FileCreated(path=f"{SECRET}.txt", size=3),),
+        (Chunk(text=f"{WORD}, "), Chunk(text="I said.", offset=len(WORD) + 2)),
+        (FileCreated(path=f"{WORD}.txt", size=3),),
         ending,
     ]
     version = 1
@@ -80,7 +80,7 @@ async def carry_out(store: Store, task_id: str, *ending: Event) -> None:
 
 def done() -> Completed:
     """Return the ending of a task that said all of it."""
-    return Completed(output_length=len(SECRET) + 9)
+    return Completed(output_length=len(WORD) + 9)
 
 
 async def take_out(store: Store, task_id: str) -> int:
@@ -114,14 +114,14 @@ async def test_nothing_of_the_content_is_left(database_url: str) -> None:
         assert record.status is TaskStatus.COMPLETED
         assert (record.attempts, record.key) == (2, "the-key")
         assert (record.prompt, record.output, dict(record.labels)) == (None, None, {})
-        assert SECRET not in repr(record)
+        assert WORD not in repr(record)
         left = await read_task(store.database, task_id)
-        assert SECRET not in left.model_dump_json()
+        assert WORD not in left.model_dump_json()
     assert_whole(database_url, redacted=6)
 
 
 @pytest.mark.parametrize(
-    "ending", [done(), Failed(error_class="InvalidRequest", message=SECRET, attempts=2)]
+    "ending", [done(), Failed(error_class="InvalidRequest", message=WORD, attempts=2)]
 )
 async def test_no_byte_is_left_in_the_file(sqlite: Sqlite, ending: Event) -> None:
     """Once the database is closed the secret is in none of its files, not even in free places."""
@@ -132,11 +132,11 @@ async def test_no_byte_is_left_in_the_file(sqlite: Sqlite, ending: Event) -> Non
             await take_in(store, secret_task(key=None, prompt="x" * 900, **harmless()))
         task_id = await take_in(store, secret_task())
         await carry_out(store, task_id, ending)
-    assert SECRET.encode() in path.read_bytes()
+    assert WORD.encode() in path.read_bytes()
     async with opened(url) as store:
         await take_out(store, task_id)
     for file in path.parent.glob(f"{path.name}*"):
-        assert SECRET.encode() not in file.read_bytes(), file
+        assert WORD.encode() not in file.read_bytes(), file
 
 
 def harmless() -> dict[str, Any]:
@@ -191,12 +191,12 @@ async def test_live_task_is_refused(database_url: str) -> None:
 
 async def test_conversation_goes_with_its_task(database_url: str) -> None:
     """Messages are content too, the long ones that are stored apart included."""
-    talk = (Message(role="user", content=LONG), Message(role="assistant", content=SECRET))
-    question = Message(role="user", content=f"And {SECRET}?")
+    talk = (Message(role="user", content=LONG), Message(role="assistant", content=WORD))
+    question = Message(role="user", content=f"And {WORD}?")
     async with opened(database_url) as store:
         task_id = await take_in(store, secret_task(prompt="", messages=(*talk, question)))
         await carry_out(store, task_id, done())
         await take_out(store, task_id)
         left = await read_task(store.database, task_id)
-        assert SECRET not in left.model_dump_json()
+        assert WORD not in left.model_dump_json()
     assert_whole(database_url, redacted=6)
