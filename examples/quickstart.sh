@@ -1,7 +1,6 @@
 #!/bin/sh
 # Sets perdure up in .venv and runs examples/tasks.jsonl on the built-in demonstration platform,
-# which needs no key and no network. Run it again and nothing is done twice; remove quickstart.db
-# to begin anew.
+# which needs no key. Run it again and nothing is done twice; remove quickstart.db to begin anew.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 # shellcheck source=constraints/environment.sh

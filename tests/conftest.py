@@ -18,7 +18,7 @@ settings.load_profile("perdure")
 
 @pytest.fixture(scope="session")
 def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty SQLite database of today's schema, to be copied: migrating takes most of a second."""
+    """An empty SQLite database of today's schema, to be copied: migrating takes a second."""
     from perdure.store.database import Database
 
     path = tmp_path_factory.mktemp("migrated") / "perdure.db"

@@ -41,9 +41,9 @@ names = st.text("abcdefghij_0123456789", min_size=1, max_size=8)
 counts = st.integers(0, 2**40)
 costs = st.floats(0, 1000, allow_nan=False)
 moments = st.datetimes(
-    min_value=datetime(2000, 1, 1),
-    max_value=datetime(2100, 1, 1),
-    timezones=st.just(UTC),  # noqa: DTZ001
+    min_value=datetime(2000, 1, 1),  # noqa: DTZ001 - hypothesis adds the zone
+    max_value=datetime(2100, 1, 1),  # noqa: DTZ001
+    timezones=st.just(UTC),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | words | st.floats(-1e9, 1e9),
@@ -315,7 +315,7 @@ def _request_cancel(life: Life, draw: Draw) -> None:
 
 def _spend(life: Life, draw: Draw) -> dict[str, Any]:
     spent = {"usage": draw(maybe(usages)), "cost_usd": draw(maybe(costs))}
-    life.settle(**{"usage": spent["usage"], "cost": spent["cost_usd"]})
+    life.settle(usage=spent["usage"], cost=spent["cost_usd"])
     return spent
 
 

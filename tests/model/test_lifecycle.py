@@ -238,8 +238,9 @@ class TestWhatMayFollowWhat:
         ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_what_does_not_fit(self, events: list[Event], says: str) -> None:
-        """An event that is possible here but doesn't fit what was before is refused, and says so."""
-        fold(events[:-1]) if len(events) > 1 else None
+        """An event that is possible here but doesn't fit what was before is refused, and why."""
+        if len(events) > 1:
+            fold(events[:-1])
         with pytest.raises(InvalidTransition, match=says):
             fold(events)
 
@@ -270,7 +271,7 @@ class TestOutput:
         assert (state.accepted is not None) == (mode == "reattach")
 
     def test_output_is_kept_between_attempts(self) -> None:
-        """What an attempt produced stays until another one begins anew, and after a cancellation."""
+        """What an attempt produced stays until another one begins anew, even when cancelled."""
         events = [submitted(), running(), Chunk(text="ab"), attempt_failed()]
         assert fold(events).length() == 2
         assert fold([*events, Cancelled(output_length=2)]).length() == 2

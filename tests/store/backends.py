@@ -60,16 +60,22 @@ async def opened(url: str) -> AsyncGenerator[Store, None]:
         await database.close()
 
 
-async def write(url: str, *histories: tuple[str, list[tuple[Event, ...]]]) -> None:
-    """Write whole histories, each step in a transaction of its own, taking turns."""
+History = tuple[str, list[tuple[Event, ...]]]
+
+
+async def write(url: str, *histories: History) -> None:
+    """Write whole histories into a database that nobody has open."""
     async with opened(url) as store:
-        versions = dict.fromkeys((task_id for task_id, _ in histories), 0)
-        for turn in range(max((len(steps) for _, steps in histories), default=0)):
-            for task_id, steps in histories:
-                if turn < len(steps):
-                    versions[task_id] = await store.log.append(
-                        task_id, steps[turn], versions[task_id]
-                    )
+        await tell_all(store, *histories)
+
+
+async def tell_all(store: Store, *histories: History) -> None:
+    """Write whole histories, each step in a transaction of its own, taking turns."""
+    versions = dict.fromkeys((task_id for task_id, _ in histories), 0)
+    for turn in range(max((len(steps) for _, steps in histories), default=0)):
+        for task_id, steps in histories:
+            if turn < len(steps):
+                versions[task_id] = await store.log.append(task_id, steps[turn], versions[task_id])
 
 
 class SqliteShell:

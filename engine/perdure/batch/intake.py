@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,17 +13,18 @@ import sqlalchemy as sa
 
 from perdure.batch.reading import RawRow
 from perdure.batch.rows import Defaults, Row, identify, make_task, remarks, same_content
-from perdure.batch.runs import Run, find_unsettled
+from perdure.batch.runs import Run, find_unsettled, select_where
 from perdure.batch.source import gather
 from perdure.engine import Engine
 from perdure.errors import InvalidTask, PerdureError
 from perdure.store.database import Database
-from perdure.store.schema import log_head
+from perdure.store.schema import log_head, tasks
 from perdure.task import Task
 
 __all__ = ["Counts", "Intake", "Taken"]
 
 _MOST_REMARKS: Final = 20
+_PLACES: Final = sa.select(tasks.c.stream_id)
 
 _OTHER_CONTENT: Final = (
     "the batch already has a row of this id with other content, and keeps it; "
@@ -108,6 +111,7 @@ class Intake:
         self._on_remark = on_remark
         self._remarks: set[str] = set()
         self._began_at = 0
+        self._ours: list[tuple[int, int]] = []
 
     async def take(self, rows: Iterator[RawRow]) -> None:
         """Take all rows in, as they come.
@@ -151,7 +155,7 @@ class Intake:
         wanted: dict[str, Task] = {}
         problems: dict[str, str] = {}
         for key, (row, run) in rows.items():
-            if run is None or (self._retry and run.unsuccessful):
+            if run is None or self._is_retried(run):
                 try:
                     wanted[key] = self._make_task(row, run)
                 except InvalidTask as error:
@@ -160,20 +164,38 @@ class Intake:
                 problems[key] = _OTHER_CONTENT
         outcomes = await self._engine.submit_tasks(wanted.values()) if wanted else []
         raced: dict[str, str] = {}
+        new: list[str] = []
         for (key, task), outcome in zip(wanted.items(), outcomes, strict=True):
             if isinstance(outcome, PerdureError):
                 problems[key] = str(outcome)
-            elif not outcome.new:
+                continue
+            if not outcome.new:
                 raced[key] = rows[key][0].fingerprint
-            elif task.retry_of is None:
+                continue
+            new.append(outcome.task_id)
+            if task.retry_of is None:
                 self.counts.new += 1
             else:
                 self.counts.retried += 1
+        await self._note_ours(new)
         if raced:  # another process has submitted them in the same moment
             for key, run in (await find_unsettled(self._engine.database, raced, 0)).items():
                 if run is not None and not self._is_known(rows[key][0], run):
                     problems[key] = _OTHER_CONTENT
         return problems
+
+    async def _note_ours(self, new: Sequence[str]) -> None:
+        """Note which places in the log this group has got: one range, as it was one commit."""
+        if new:
+            database = self._engine.database
+            places = await select_where(database, _PLACES, tasks.c.task_id, (new[0], new[-1]))
+            ordered = sorted(place[0] for place in places)
+            self._ours.append((ordered[0], ordered[-1]))
+
+    def _is_ours(self, run: Run) -> bool:
+        """Return whether a run was submitted for this very input, and not before or by others."""
+        index = bisect_right(self._ours, (run.stream_id, sys.maxsize)) - 1
+        return index >= 0 and run.stream_id <= self._ours[index][1]
 
     # -- one row ---------------------------------------------------------------------------------
 
@@ -183,7 +205,7 @@ class Intake:
             if not same_content(run.fingerprint, row.fingerprint):
                 return False
             self.counts.other_defaults += 1
-        if run.stream_id > self._began_at:  # a duplicate, of a row some groups ago
+        if self._is_ours(run):  # the same as a row that came some groups ago
             self.counts.repeated += 1
         else:
             self.counts.known += 1
@@ -202,6 +224,10 @@ class Intake:
             else:
                 problem = _OTHER_CONTENT
         return Taken(row.line, row.id, None if problem else row.key, problem)
+
+    def _is_retried(self, run: Run) -> bool:
+        # What has failed since this input began was run for it, or for somebody else who retries.
+        return self._retry and run.unsuccessful and run.stream_id <= self._began_at
 
     def _make_task(self, row: Row, before: Run | None) -> Task:
         task = make_task(row, self._batch, self._defaults)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Self
 
 import orjson
 import sqlalchemy as sa
@@ -34,7 +34,10 @@ _BY_KEY: Final = sa.select(tasks.c.key, *(tasks.c[name] for name in _NAMES))
 
 
 class Ledger:
-    """What became of each row, in the order of the input; kept in a file, not in memory."""
+    """What became of each row, in the order of the input; kept in a file, not in memory.
+
+    Used as a context manager.
+    """
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(prefix="perdure-")  # noqa: SIM115
@@ -50,7 +53,11 @@ class Ledger:
         for line in self._file:
             yield Taken(*orjson.loads(line))
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """Return the ledger."""
+        return self
+
+    def __exit__(self, *_error: object) -> None:
         """Give the file back."""
         self._file.close()
 

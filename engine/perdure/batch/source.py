@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import stat
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -29,50 +28,63 @@ _BUFFER: Final = 2**18
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An input that was opened.
+    """An input of rows, not opened yet.
 
     Attributes:
         name: What to call it.
         batch: What its batch is called, unless the user says otherwise.
-        stream: Its bytes.
-        identity: The file's device and inode, where it is one that could be overwritten.
+        path: Where it is; None for stdin.
     """
 
     name: str
     batch: str
-    stream: BufferedReader[FileIO]
-    identity: tuple[int, int] | None = None
+    path: Path | None
 
     def rows(
         self, layout: Layout | None = None, remark: Callable[[str], None] = lambda _text: None
-    ) -> Iterator[RawRow]:
+    ) -> Generator[RawRow, None, None]:
         """Yield its rows. Blocks where the input does.
 
         Raises:
             InvalidTask: It can't be read as rows at all.
         """
-        with self.stream:
-            detected = detect_layout(self.name, self.stream.peek(4096))
-            yield from read_rows(self.stream, layout or detected, name=self.name, remark=remark)
+        with BufferedReader(self.open(), _BUFFER) as stream:
+            detected = detect_layout(self.name, stream.peek(4096))
+            yield from read_rows(stream, layout or detected, name=self.name, remark=remark)
+
+    def open(self) -> FileIO:
+        """Open it; whoever calls this closes it.
+
+        Raises:
+            InvalidTask: It can't be read.
+        """
+        if self.path is None:
+            # Not sys.stdin: a thread that still reads it would keep the process from ending.
+            return FileIO(0, closefd=False)
+        try:
+            return FileIO(self.path)
+        except OSError as error:
+            raise InvalidTask(f"can't read {self.name}: {error.strerror}") from None
 
 
 def open_source(path: str) -> Source:
     """Return the input at ``path``; `-` is stdin.
 
     Raises:
-        InvalidTask: It can't be opened.
+        InvalidTask: It can't be read.
     """
     if path == "-":
-        # Not sys.stdin: a thread that is still reading it would keep the process from ending.
-        return Source("stdin", "stdin", BufferedReader(FileIO(0, closefd=False), _BUFFER))
+        return Source("stdin", "stdin", None)
+    place = Path(path).expanduser()
     try:
-        stream = BufferedReader(FileIO(Path(path).expanduser()), _BUFFER)
+        regular = stat.S_ISREG(place.stat().st_mode)
     except OSError as error:
         raise InvalidTask(f"can't read {path}: {error.strerror}") from None
-    about = os.fstat(stream.fileno())
-    if not stat.S_ISREG(about.st_mode):
-        return Source(path, "stdin", stream)
-    return Source(path, _batch_of(Path(path)), stream, (about.st_dev, about.st_ino))
+    if not regular and not place.is_dir():  # a pipe, which can be opened only once
+        return Source(path, "stdin", place)
+    source = Source(path, _batch_of(place), place)
+    source.open().close()  # where it can't be read, this is the time to say so
+    return source
 
 
 def _batch_of(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
 import sys
@@ -13,7 +12,6 @@ import typer
 
 from perdure.cli.exits import ExitCode
 from perdure.cli.figures import count, dollars, seconds, things
-from perdure.cli.interrupts import Interrupts, any_of
 from perdure.cli.options import TaskOptions
 from perdure.cli.session import Session
 from perdure.cli.terminal import complain, is_terminal, one_line, say, show_json
@@ -40,6 +38,9 @@ async def ask(
 
     Ctrl-C cancels it and keeps what there is of the answer. Exit code 3 where it fails.
     """
+    import asyncio
+
+    from perdure.cli.interrupts import Interrupts, any_of
     from perdure.store.claims import Scope
 
     asked = _make_task(prompt, task, file or ())

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from perdure.cli.exits import ExitCode
 from perdure.cli.figures import count, things
-from perdure.cli.interrupts import Interrupts
 from perdure.cli.options import ConcurrencyOption, TaskOptions
 from perdure.cli.session import Session
 from perdure.cli.summary import Summary
-from perdure.cli.supervising import supervise
 from perdure.cli.terminal import complain, say, show_json, show_line
-from perdure.cli.watching import watching
 from perdure.errors import InvalidTask
-from perdure.wholefile import WholeFile
 
 if TYPE_CHECKING:
     from perdure.batch import Defaults, Intake, Ledger, Source, Taken
+    from perdure.engine import Engine
     from perdure.store.database import Database
 
 __all__ = ["run", "submit"]
@@ -84,34 +81,28 @@ async def run(
     Running the same command again does only what isn't done. Ctrl-C lets what runs finish; twice
     cancels it and keeps the partial output.
     """
-    from perdure.batch import Intake, Ledger, count_batch
+    from perdure.batch import Ledger, count_batch
+    from perdure.cli.interrupts import Interrupts
+    from perdure.cli.supervising import supervise
+    from perdure.cli.watching import watching
     from perdure.store.claims import Scope
     from perdure.worker import WorkerSettings
 
     source, batch, defaults = _prepare(file, name, task, out)
     scope = Scope(batch=batch)
     settings = WorkerSettings(concurrency=concurrency)
-    ledger = None if out is None else Ledger()
-    async with session.engine(create=True, scope=scope, settings=settings) as engine:
-        intake = Intake(
-            engine,
-            batch,
-            defaults,
-            retry=retry_failed,
-            on_taken=lambda rows: _note(rows, ledger),
-            on_remark=lambda remark: complain(f"{source.name}: {remark}"),
-        )
-        with Interrupts() as interrupts:
-            async with watching(engine, scope, batch):
-                feeding = _feed(intake, source, layout)
-                complete = await supervise(engine, interrupts, feeding=feeding)
-            written = None
-            if out is not None and ledger is not None and complete:
-                if not interrupts.terminated.is_set():
+    written = None
+    with Ledger() as ledger:
+        async with session.engine(create=True, scope=scope, settings=settings) as engine:
+            kept = None if out is None else ledger
+            intake = _intake(engine, source, batch, defaults, retry_failed, kept)
+            with Interrupts() as interrupts:
+                async with watching(engine, scope, batch):
+                    feeding = _feed(intake, source, layout)
+                    complete = await supervise(engine, interrupts, feeding=feeding)
+                if out is not None and complete and not interrupts.terminated.is_set():
                     written = await _write_results(engine.database, ledger, out)
-            elif out is not None:
-                say(f"{out} is not written: not all rows were read.")
-        tally = await count_batch(engine.database, batch)
+            tally = await count_batch(engine.database, batch)
     summary = Summary(
         batch=batch,
         tally=tally,
@@ -145,27 +136,16 @@ async def submit(
         raise typer.BadParameter("give either a file or a prompt", param_hint="FILE, --prompt")
     if file is None:
         return await _submit_one(session, prompt or "", task)
-    from perdure.batch import Intake, Ledger, each_result
+    from perdure.batch import Ledger, each_result
 
     source, batch, defaults = _prepare(file, name, task, None)
-    ledger = Ledger()
-    async with session.engine(create=True) as engine:
-        intake = Intake(
-            engine,
-            batch,
-            defaults,
-            retry=retry_failed,
-            on_taken=lambda rows: _note(rows, ledger),
-            on_remark=lambda remark: complain(f"{source.name}: {remark}"),
-        )
-        await _feed(intake, source, layout)
-        async with aclosing(each_result(engine.database, ledger)) as results:
-            async for result in results:
-                if session.json:
-                    names = ("line", "id", "task_id", "status", "error")
-                    show_json({field: result.get(field) for field in names})
-                elif result["task_id"] is not None:
-                    show_line(result["task_id"])
+    with Ledger() as ledger:
+        async with session.engine(create=True) as engine:
+            intake = _intake(engine, source, batch, defaults, retry_failed, ledger)
+            await _feed(intake, source, layout)
+            async with aclosing(each_result(engine.database, ledger)) as results:
+                async for result in results:
+                    _show_submitted(session, result)
     counts = intake.counts
     known = counts.known + counts.repeated
     say(f"{batch}: {count(counts.new + counts.retried)} submitted, {count(known)} known already")
@@ -173,6 +153,14 @@ async def submit(
         say(f"{things(counts.bad, 'row')} could not be submitted.")
     say(f"To run them: {session.command_line('worker', '--until-done')}")
     return ExitCode.SOME_FAILED if counts.bad else ExitCode.OK
+
+
+def _show_submitted(session: Session, result: Mapping[str, Any]) -> None:
+    if session.json:
+        names = ("line", "id", "task_id", "status", "error")
+        show_json({name: result.get(name) for name in names})
+    elif result["task_id"] is not None:
+        show_line(result["task_id"])
 
 
 async def _submit_one(session: Session, prompt: str, options: TaskOptions) -> int:
@@ -195,15 +183,36 @@ def _prepare(
 ) -> tuple[Source, str, Defaults]:
     """Check everything that can be checked before anything is written."""
     from perdure.batch import Defaults, batch_name, open_source
+    from perdure.wholefile import WholeFile
 
     options.check()
     source = open_source(file)
     batch = batch_name(source.batch if name is None else name)
     if out is not None and str(out) != "-":
         WholeFile.check(out, "--out")
-        if out.exists() and (out.stat().st_dev, out.stat().st_ino) == source.identity:
+        if source.path is not None and out.is_file() and out.samefile(source.path):
             raise InvalidTask(f"--out: {out} is the input; name another file")
     return source, batch, Defaults({**options.task_fields(), **options.constraints()})
+
+
+def _intake(
+    engine: Engine,
+    source: Source,
+    batch: str,
+    defaults: Defaults,
+    retry: bool,
+    ledger: Ledger | None,
+) -> Intake:
+    from perdure.batch import Intake
+
+    return Intake(
+        engine,
+        batch,
+        defaults,
+        retry=retry,
+        on_taken=lambda rows: _note(rows, ledger),
+        on_remark=lambda remark: complain(f"{source.name}: {remark}"),
+    )
 
 
 async def _feed(intake: Intake, source: Source, layout: RowLayout | None) -> None:
@@ -224,6 +233,7 @@ def _note(rows: Sequence[Taken], ledger: Ledger | None) -> None:
 
 async def _write_results(database: Database, ledger: Ledger, out: Path) -> str:
     from perdure.batch import each_result, result_line
+    from perdure.wholefile import WholeFile
 
     async with aclosing(each_result(database, ledger)) as results:
         if str(out) == "-":

@@ -21,13 +21,13 @@ def things(number: int, name: str) -> str:
 
 
 def dollars(amount: float | None) -> str:
-    """Return US dollars: to the cent from one dollar on, else with four figures that count."""
+    """Return US dollars: to the cent from one dollar on, else with three figures that count."""
     if amount is None:
         return UNKNOWN
     if amount == 0 or abs(amount) >= 1:
         return f"${amount:,.2f}"
     digits = 4
-    while abs(amount) * 10 ** (digits - 3) < 1 and digits < 12:
+    while abs(amount) * 10 ** (digits - 2) < 1 and digits < 12:
         digits += 1
     return f"${amount:.{digits}f}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -44,6 +43,8 @@ async def cancel(
 
     A running task ends when its worker sees it, in a moment. Ended ones are left as they are.
     """
+    import asyncio
+
     chosen = _choose(session, ids, batch, (Status.PENDING, Status.RUNNING))
     cancelled = 0
     async with session.engine() as engine:
@@ -151,6 +152,8 @@ def _of_batch(session: Session, batch: str, statuses: Sequence[Status]) -> Itera
 
 async def _retry(engine: Engine, task_ids: Sequence[str]) -> list[tuple[str, str | PerdureError]]:
     """Return task id -> the id of the task that runs it again, or why there is none."""
+    import asyncio
+
     from perdure.batch import latest_runs
 
     latest = await latest_runs(engine.database, task_ids)

@@ -8,14 +8,22 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from perdure.cli.exits import ExitCode
-from perdure.cli.figures import count, things
+from perdure.cli.figures import count, dollars, things
 from perdure.cli.session import Session
-from perdure.cli.watching import cost
 
 if TYPE_CHECKING:
     from perdure.batch import Counts, Tally
 
-__all__ = ["Summary"]
+__all__ = ["Summary", "cost"]
+
+
+def cost(tally: Tally) -> str:
+    """Return what it has cost, in words: what isn't known is never shown as 0."""
+    if tally.unpriced == 0:
+        return dollars(tally.cost_usd)
+    if tally.priced == 0:
+        return "cost unknown"
+    return f"{dollars(tally.cost_usd)} and {tally.unpriced:,} of unknown cost"
 
 
 @dataclass(frozen=True)

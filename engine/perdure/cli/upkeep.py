@@ -160,7 +160,7 @@ async def redact(
         str | None, typer.Option("--reason", help="Why; kept in the log.", show_default=False)
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
-) -> None:
+) -> int:
     """Remove the content of ended tasks for good: prompts, outputs, labels, error messages, files.
 
     What happened when stays, with usage and cost, and so do the digests of what was removed:
@@ -176,7 +176,10 @@ async def redact(
         for row in rows:
             say(f"{row['task_id']}  {row['status']}  {one_line(row['prompt'] or '', 60)}")
         what = "this task" if len(rows) == 1 else f"these {len(rows)} tasks"
-        typer.confirm(f"Remove the content of {what} for good?", abort=True, err=True)
+        say(f"Remove the content of {what} for good? [y/N]")
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            say("Nothing was removed.")
+            return ExitCode.INTERRUPTED
     async with session.engine() as engine:
         for row in rows:
             changed = await engine.redact_task(row["task_id"], reason)
@@ -186,3 +189,4 @@ async def redact(
                 say(f"{row['task_id']}: the content of {things(changed, 'event')} was removed")
             else:
                 say(f"{row['task_id']}: its content had been removed before")
+    return ExitCode.OK

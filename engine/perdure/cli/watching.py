@@ -8,7 +8,8 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
-from perdure.cli.figures import count, dollars, seconds
+from perdure.cli.figures import count, seconds
+from perdure.cli.summary import cost
 from perdure.cli.terminal import error_console, say
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from perdure.engine import Engine
     from perdure.store.claims import Scope
 
-__all__ = ["cost", "watching"]
+__all__ = ["watching"]
 
 _DRAW_SECONDS: Final = 0.25
 _LINE_SECONDS: Final = 10.0
@@ -62,15 +63,6 @@ class _Display(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_error: object) -> None: ...
-
-
-def cost(tally: Tally) -> str:
-    """Return what it has cost, in words: what isn't known is never shown as 0."""
-    if tally.unpriced == 0:
-        return dollars(tally.cost_usd)
-    if tally.priced == 0:
-        return "cost unknown"
-    return f"{dollars(tally.cost_usd)} and {tally.unpriced:,} of unknown cost"
 
 
 class _Lines:

@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from perdure.cli.exits import ExitCode
-from perdure.cli.interrupts import Interrupts
 from perdure.cli.options import ConcurrencyOption
 from perdure.cli.session import Session
 from perdure.cli.summary import Summary
-from perdure.cli.supervising import supervise
 from perdure.cli.terminal import say, show_json
-from perdure.cli.watching import watching
 
 if TYPE_CHECKING:
     from perdure.store.claims import Scope
@@ -77,6 +74,9 @@ async def run_scope(
 ) -> int:
     """Run the tasks of a scope, show how far it is, and say how it ended."""
     from perdure.batch import Tallying, count_batch
+    from perdure.cli.interrupts import Interrupts
+    from perdure.cli.supervising import supervise
+    from perdure.cli.watching import watching
     from perdure.worker import WorkerSettings
 
     settings = WorkerSettings(concurrency=concurrency)

@@ -40,7 +40,7 @@ from perdure.errors import (
 from perdure.store import schema
 from perdure.store.readonly import BUSY_SECONDS, Reader, describe_error, refuse_missing
 
-__all__ = ["Database", "Writer", "parse_url", "translate"]
+__all__ = ["Database", "Writer", "any_text", "parse_url", "translate"]
 
 T = TypeVar("T")
 
@@ -48,6 +48,8 @@ OLDEST_SQLITE: Final = (3, 35, 0)
 FIRST_SAFE_SQLITE: Final = (3, 51, 3)
 CHECKPOINT_BYTES: Final = 4 * 2**20
 CHECKPOINT_STEP: Final = 2**20
+ERASING_SECONDS: Final = 2.0
+ERASED_BYTES: Final = 2**16  # a commit or two, of those who came in between
 
 
 def parse_url(url: str | os.PathLike[str]) -> URL:
@@ -328,6 +330,35 @@ class Writer:
             finally:
                 self._guard.execute("ROLLBACK")
 
+    def erase(self) -> bool:
+        """Make sure that what was overwritten is neither in the database nor in its WAL any more.
+
+        Copies the WAL back and has it begin anew, cut to the last commit. Whoever still looks at an
+        older state is waited for, for a while.
+
+        Returns:
+            Whether it is gone. If not, it goes with the next commits, or with the last one to leave.
+        """
+        deadline = time.monotonic() + ERASING_SECONDS
+        with translate(self._path):
+            self._raw.execute("PRAGMA journal_size_limit = 0").close()
+            try:
+                while True:
+                    self.checkpoint()
+                    with self.connection.begin():  # it begins anew with the next commit: this one
+                        # There and back: SQLite doesn't write what is equal to what was there.
+                        for change in ("+ 1", "- 1"):
+                            self.connection.exec_driver_sql(
+                                f"UPDATE log_head SET position = position {change}"
+                            ).close()
+                    if self._wal.stat().st_size <= ERASED_BYTES:
+                        return True
+                    if time.monotonic() > deadline:
+                        return False
+                    time.sleep(0.05)
+            finally:
+                self._raw.execute(f"PRAGMA journal_size_limit = {CHECKPOINT_BYTES}").close()
+
     def vacuum(self, *, full: bool) -> None:
         """Give the space that nothing needs any more back to the disk.
 
@@ -336,9 +367,9 @@ class Writer:
         """
         with translate(self._path):
             if full:
-                self._raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            # A step of it frees a page, so it must be stepped to its end.
-            self._raw.execute("VACUUM" if full else "PRAGMA incremental_vacuum").fetchall()
+                self._raw.execute("PRAGMA auto_vacuum = INCREMENTAL").close()
+            # Each step of it frees a page, and `execute` would make only the first one.
+            self._raw.executescript("VACUUM" if full else "PRAGMA incremental_vacuum").close()
         self.checkpoint()
 
     def close(self) -> None:
@@ -347,6 +378,20 @@ class Writer:
             self._guard.close()
         self.connection.close()
         self._engine.dispose()
+
+
+@contextlib.contextmanager
+def any_text(connection: Connection) -> Generator[None, None, None]:
+    """Let text that is no UTF-8, which only somebody else can have stored, come with surrogates."""
+    if connection.dialect.name != "sqlite":
+        yield
+        return
+    raw: Any = connection.connection.dbapi_connection
+    before, raw.text_factory = raw.text_factory, _decode_leniently
+    try:
+        yield
+    finally:
+        raw.text_factory = before
 
 
 def alembic_config(connection: Connection) -> Any:  # noqa: ANN401 - alembic is imported lazily

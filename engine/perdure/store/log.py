@@ -221,6 +221,10 @@ class EventLog:
             failed: list[_Reply] = [(request, None, error) for request in batch]
             self._call(self._deliver, failed, [], 0)
             return
+        if transaction.erases:
+            # What can't be erased now, because somebody still looks at it, goes with later commits.
+            with contextlib.suppress(StoreError):
+                writer.erase()
         for task_id in transaction.touched:
             fold = transaction.fold(task_id)
             if fold is not None:

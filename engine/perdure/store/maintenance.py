@@ -15,6 +15,7 @@ from sqlalchemy import Connection, RowMapping
 from perdure.errors import DatabaseCorrupt, InvalidTransition, PerdureError, TaskNotFound
 from perdure.events import EVENT_TYPES, Redacted, canonical, chain_digest, decode
 from perdure.store.content import blob_digests, digest_of
+from perdure.store.database import any_text
 from perdure.store.projection import TaskFold
 from perdure.store.readonly import iso
 from perdure.store.schema import Timestamp, blobs, events, log_head, streams, tasks
@@ -320,7 +321,8 @@ def rebuild(connection: Connection, progress: Progress | None = None) -> Rebuild
     Raises:
         DatabaseCorrupt: The log can't be folded; nothing is changed then.
     """
-    report = compare(connection, progress)
+    with any_text(connection):  # what is to be thrown away may be anything
+        report = compare(connection, progress)
     connection.execute(sa.delete(tasks))
     for folds in _folded(connection):
         rows = [row for row in folds.values() if row is not None]
@@ -470,6 +472,7 @@ def redact(tx: Transaction, task_id: str, by: str, reason: str | None) -> int:
         event = Redacted(by=by, reason=reason, tombstones=tombstones)
         tx.append(task_id, (event,), fold.version)
         _drop_orphans(tx.connection, orphans)
+        tx.erases = True
     return len(tombstones)
 
 

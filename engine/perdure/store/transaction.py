@@ -154,11 +154,13 @@ class Transaction:
     Attributes:
         connection: For statements beside the log, in the same transaction.
         at: The moment that is recorded.
+        erases: Set where content was removed, which then must not stay in any file either.
     """
 
     def __init__(self, connection: Connection, cache: FoldCache, at: datetime) -> None:
         self.connection = connection
         self.at = at
+        self.erases = False
         self._cache = cache
         self._versions: dict[str, tuple[int, int] | None] = {}
         self._folds: dict[str, TaskFold] = {}

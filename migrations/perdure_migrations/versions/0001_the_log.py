@@ -261,17 +261,20 @@ def _views(postgresql: bool) -> dict[str, str]:
         """,
         # A task that was run again counts once, with its latest run; `retried` counts the others.
         "batches": f"""
-            SELECT t.batch, {count_if("r.task_id IS NULL")} AS tasks,
-                   {count_if("r.task_id IS NULL AND t.status = 'pending'")} AS pending,
-                   {count_if("r.task_id IS NULL AND t.status = 'running'")} AS running,
-                   {count_if("r.task_id IS NULL AND t.status = 'completed'")} AS completed,
-                   {count_if("r.task_id IS NULL AND t.status = 'failed'")} AS failed,
-                   {count_if("r.task_id IS NULL AND t.status = 'cancelled'")} AS cancelled,
-                   {count_if("r.task_id IS NOT NULL")} AS retried,
+            SELECT t.batch, {count_if("NOT t.again")} AS tasks,
+                   {count_if("NOT t.again AND t.status = 'pending'")} AS pending,
+                   {count_if("NOT t.again AND t.status = 'running'")} AS running,
+                   {count_if("NOT t.again AND t.status = 'completed'")} AS completed,
+                   {count_if("NOT t.again AND t.status = 'failed'")} AS failed,
+                   {count_if("NOT t.again AND t.status = 'cancelled'")} AS cancelled,
+                   {count_if("t.again")} AS retried,
                    sum(t.input_tokens) AS input_tokens, sum(t.output_tokens) AS output_tokens,
                    sum(t.cost_usd) AS cost_usd,
                    min(t.submitted_at) AS submitted_at, max(t.ended_at) AS ended_at
-            FROM tasks t LEFT JOIN tasks r ON r.retry_of = t.task_id
-            WHERE t.batch IS NOT NULL GROUP BY t.batch
+            FROM (
+                SELECT t.*, EXISTS (
+                    SELECT 1 FROM tasks r WHERE r.retry_of = t.task_id) AS again
+                FROM tasks t WHERE t.batch IS NOT NULL
+            ) AS t GROUP BY t.batch
         """,
     }

@@ -1,0 +1,49 @@
+"""Fixtures for tests of the engine and of crashes: databases, children, repeatable chance."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import Nursery
+
+__all__ = ["chance", "db", "nursery", "seed", "shared_nursery"]
+
+
+@pytest.fixture
+def db(make_database: Callable[[], Path]) -> Path:
+    """The path of an empty database of today's schema."""
+    return make_database()
+
+
+@pytest.fixture
+def seed() -> int:
+    """What chance begins with: ``PERDURE_TEST_SEED``, or anything; printed where a test fails."""
+    chosen = int(os.environ.get("PERDURE_TEST_SEED") or secrets.randbelow(10**9))
+    print(f"PERDURE_TEST_SEED={chosen}")
+    return chosen
+
+
+@pytest.fixture
+def chance(seed: int) -> random.Random:
+    """Chance that can be repeated."""
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="session")
+def shared_nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """The one place where all children come from."""
+    nursery = Nursery(tmp_path_factory.mktemp("children"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def nursery(shared_nursery: Nursery) -> Iterator[Nursery]:
+    """Where children come from; those of a test end with it."""
+    yield shared_nursery
+    shared_nursery.end_all()

@@ -1,0 +1,12 @@
+"""Fixtures for tests of the engine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from apparatus import chance, db, nursery, seed, shared_nursery
+
+__all__ = ["chance", "db", "nursery", "seed", "shared_nursery"]
