@@ -337,7 +337,7 @@ class Writer:
         older state is waited for, for a while.
 
         Returns:
-            Whether it is gone. If not, it goes with the next commits, or with the last one to leave.
+            Whether it is gone. If not, it goes with the next commits, or when the last one leaves.
         """
         deadline = time.monotonic() + ERASING_SECONDS
         with translate(self._path):
