@@ -148,7 +148,7 @@ class Engine:
 
     def start_running(self) -> None:
         """Run tasks in the background from now on."""
-        if self._working is None:
+        if self._working is None or self._working.done():
             self._working = asyncio.create_task(self.worker.run())
             self._working.add_done_callback(self._worker_ended)
 

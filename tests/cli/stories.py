@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -35,15 +35,28 @@ USAGE: Final = Usage(input_tokens=10, output_tokens=20)
 
 def tell(path: Path, task_id: str, *events: Event, at: datetime = NOON, blobs: Any = None) -> None:
     """Append events to a task, all of them at one moment."""
+    tell_all(path, [(task_id, events, at)], blobs)
+
+
+def tell_all(
+    path: Path, told: Iterable[tuple[str, Sequence[Event], datetime]], blobs: Any = None
+) -> None:
+    """Append events to tasks, each time in a transaction of its own."""
     writer = Database(path).writer()
     try:
-        with writer.transaction() as connection:
-            transaction = Transaction(connection, FoldCache(), at)
-            transaction.put_blobs(blobs or {})
-            transaction.append(task_id, events, None)
-            transaction.flush()
+        for task_id, events, at in told:
+            with writer.transaction() as connection:
+                transaction = Transaction(connection, FoldCache(), at)
+                transaction.put_blobs(blobs or {})
+                transaction.append(task_id, events, None)
+                transaction.flush()
     finally:
         writer.close()
+
+
+def asked(prompt: str) -> Submitted:
+    """Return the first event of a plain task."""
+    return Submitted(task={"prompt": prompt, "platform": "demo"}, platforms=("demo",))
 
 
 def submit(path: Path, task_id: str, prompt: str, *, at: datetime = NOON, **fields: Any) -> None:

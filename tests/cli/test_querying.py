@@ -20,13 +20,14 @@ from stories import (
     ESCAPES,
     NOON,
     OnTerminal,
+    asked,
     cancel,
     complete,
     fail,
     running,
     start,
     submit,
-    tell,
+    tell_all,
 )
 
 from conftest import Perdure
@@ -34,7 +35,6 @@ from perdure.cli.records import EVENT_COLUMNS, TASK_COLUMNS
 from perdure.cli.tables import cell_width
 from perdure.events import Chunk, Completed
 from perdure.store.schema import VIEWS, metadata
-from perdure.task import Usage
 
 ONE = "demo_20261120_aaaa1111"
 TWO = "demo_20261120_bbbb2222"
@@ -396,8 +396,7 @@ class TestExport:
 
         database.write_bytes(migrated_file.read_bytes())
         names = [f"demo_{n:04}" for n in range(25)]
-        for name in names:
-            submit(database, name, "x" * 100)
+        tell_all(database, ((name, (asked("x" * 100),), NOON) for name in names))
         monkeypatch = pytest.MonkeyPatch()
         with monkeypatch.context() as patch:
             patch.setattr(room, "_PAGE_ROWS", 4)
@@ -410,8 +409,8 @@ class TestExport:
     def test_memory(self, database: Path, migrated_file: Path, tmp_path: Path) -> None:
         """Memory doesn't grow with what is exported: 100 MB fit through far less."""
         database.write_bytes(migrated_file.read_bytes())
-        for n in range(50):
-            submit(database, f"demo_{n:04}", "x" * 2_000_000)
+        long = (asked("x" * 2_000_000),)
+        tell_all(database, ((f"demo_{n:04}", long, NOON) for n in range(50)))
 
         def little() -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (200 * 2**20, 200 * 2**20))
@@ -460,11 +459,11 @@ class TestStats:
     def test_percentiles(self, database: Path, migrated_file: Path, perdure: Perdure) -> None:
         """Half of the tasks took no longer than p50, and 95 of 100 no longer than p95."""
         database.write_bytes(migrated_file.read_bytes())
-        for n in range(1, 101):
-            submit(database, f"demo_{n}", "x")
-            tell(database, f"demo_{n}", running(), Chunk(text="y"))
-            done = Completed(output_length=1, usage=Usage(input_tokens=n))
-            tell(database, f"demo_{n}", done, at=NOON + timedelta(seconds=n))
+        begun = (asked("x"), running(), Chunk(text="y"))
+        done = (Completed(output_length=1),)
+        names = {n: f"demo_{n}" for n in range(1, 101)}
+        tell_all(database, ((name, begun, NOON) for name in names.values()))
+        tell_all(database, ((names[n], done, NOON + timedelta(seconds=n)) for n in names))
         total = json.loads(perdure("stats", "--json").lines[0])
         assert (total["p50_seconds"], total["p95_seconds"]) == (50.0, 95.0)
 

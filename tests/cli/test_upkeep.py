@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stories import NOON, OnTerminal, cancel, complete, fail, running, submit, tell
+from stories import (
+    NOON,
+    OnTerminal,
+    asked,
+    cancel,
+    complete,
+    fail,
+    running,
+    submit,
+    tell,
+    tell_all,
+)
 
 from conftest import Ended, Perdure
 from perdure.cli.files import stored_revision
@@ -310,8 +321,7 @@ class TestBackup:
         """The copy is one moment's, however much is written while it is made."""
         import perdure.cli.files as room
 
-        for n in range(20):
-            submit(story, f"filler_{n}", "x" * 20_000)
+        tell_all(story, ((f"filler_{n}", (asked("x" * 20_000),), NOON) for n in range(20)))
         monkeypatch.setattr(room, "_PAGES_A_STEP", 1)
         stop = threading.Event()
         written: list[str] = []
@@ -527,8 +537,7 @@ class TestDoctor:
 
     def test_damaged_page(self, story: Path, perdure: Perdure) -> None:
         """A page that was overwritten is found by the quick check."""
-        for n in range(200):
-            submit(story, f"demo_{n}", "x" * 1000)
+        tell_all(story, ((f"demo_{n}", (asked("x" * 1000),), NOON) for n in range(200)))
         with sqlite3.connect(story) as connection:
             root = connection.execute(
                 "SELECT rootpage FROM sqlite_master WHERE type = 'index' AND tbl_name = 'events'"

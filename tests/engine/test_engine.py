@@ -411,6 +411,17 @@ async def test_running_until_done_ends(db: Path) -> None:
     ]
 
 
+async def test_running_until_done_can_be_repeated(db: Path) -> None:
+    """What is submitted after everything was done is run by the next call."""
+    for run in (False, True):
+        async with engine_on(db, run=run) as engine:
+            for n in range(3):
+                await engine.submit_task(Task(prompt=f"{n}"))
+                async with asyncio.timeout(30):
+                    await engine.run_until_done()
+                assert query(db, "SELECT DISTINCT status FROM tasks") == [("completed",)]
+
+
 # -- errors and retries ----------------------------------------------------------------------------
 
 

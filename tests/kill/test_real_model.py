@@ -16,7 +16,12 @@ import pytest
 
 from servers.llama import NAME, LlamaServer, llama_server
 
-pytestmark = [pytest.mark.model, pytest.mark.kill, pytest.mark.xdist_group("model")]
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.kill,
+    pytest.mark.xdist_group("model"),
+    pytest.mark.timeout(900),
+]
 
 ROWS = 6
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
 
-from store.backends import Backend, Sqlite
+from store.backends import Backend, Sqlite, Store, opened
 
 
 @pytest.fixture(params=["sqlite"])
@@ -26,3 +27,10 @@ def sqlite(migrated_file: Path, tmp_path: Path) -> Sqlite:
 def database_url(backend: Backend) -> str:
     """A new, empty database of today's schema."""
     return backend.new()
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncGenerator[Store, None]:
+    """An open log on an empty database."""
+    async with opened(database_url) as store:
+        yield store

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import secrets
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from perdure.errors import EngineClosed
-from perdure.events import Accepted, Chunk, Completed, RecordedEvent
+from perdure.errors import DatabaseCorrupt, EngineClosed
+from perdure.events import Accepted, CancelRequested, Chunk, Completed, RecordedEvent
 from perdure.store import feed as feed_module
-from store.backends import Store, opened
+from store.backends import Backend, Store, opened
+from store.children import children
 
 PATIENCE = 60
 
@@ -213,6 +218,176 @@ async def test_reader_that_leaves_is_forgotten(database_url: str) -> None:
             break
         await stream.aclose()
         assert not store.log.feed.active
+
+
+@contextlib.contextmanager
+def gate(store: Store) -> Generator[tuple[asyncio.Event, asyncio.Event], None, None]:
+    """Hold the next look into the database: gives what tells that it came, and what lets it go.
+
+    It is held after it has looked, so that what happens meanwhile is news to whoever asked.
+    """
+    came, go = asyncio.Event(), asyncio.Event()
+    read_ = store.database.read
+    first = True
+
+    async def held(query: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:
+        nonlocal first
+        found = await read_(query)
+        if first:
+            first = False
+            came.set()
+            await go.wait()
+        return found
+
+    store.database.read = held  # type: ignore[method-assign, assignment]
+    try:
+        yield came, go
+    finally:
+        go.set()
+        store.database.read = read_  # type: ignore[method-assign]
+
+
+async def test_joining_while_news_are_fetched(database_url: str) -> None:
+    """Whoever begins to listen while others' news are being fetched misses none of them."""
+    async with opened(database_url) as here, opened(database_url) as there:
+        await there.start("known")
+        await there.start("new")
+        heard: asyncio.Queue[int] = asyncio.Queue()
+        stop = here.log.feed.listen("known", lambda e: heard.put_nowait(e.version))
+        await there.log.append("known", [Chunk(text="x")], 2)
+        async with asyncio.timeout(PATIENCE):
+            while await heard.get() != 3:  # all there was before has been fetched then
+                pass
+        await asyncio.sleep(0)
+        with gate(here) as (came, go):
+            # The ending of "new" is committed before the look, and asked for after it.
+            await there.log.append("new", [Completed()], 2)
+            async with asyncio.timeout(PATIENCE):
+                await came.wait()
+                stop_new = here.log.feed.listen("new", lambda e: heard.put_nowait(e.version))
+                go.set()
+                while await heard.get() != 3:
+                    pass
+        stop()
+        stop_new()
+
+
+async def test_falling_behind_while_the_last_page_is_read(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is dropped between the look at the last page and its end is fetched after it."""
+    monkeypatch.setattr(feed_module, "MAILBOX", 3)
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        with gate(store) as (came, go):
+            reading = asyncio.create_task(read(store, "demo_1"))
+            await came.wait()  # it has seen two events, and nothing after them
+            await say(store, "demo_1", 10)  # more than it is kept, the ending with it
+            go.set()
+            await within_reason(reading)
+        assert reading.result() == list(range(1, 14))
+
+
+async def test_listening_since_others_committed_unheard(database_url: str) -> None:
+    """What others committed while nobody listened is told to whoever asks for it."""
+    async with opened(database_url) as here, opened(database_url) as there:
+        await there.start("demo_1")
+        heard: asyncio.Queue[int] = asyncio.Queue()
+        await here.submit("demo_2")  # this process's own writing goes on meanwhile
+        stop = here.log.feed.listen("demo_1", lambda e: heard.put_nowait(e.version), since=0)
+        async with asyncio.timeout(PATIENCE):
+            assert {await heard.get(), await heard.get()} == {1, 2}
+        stop()
+
+
+async def test_listening_since_the_last_position_seen(database_url: str) -> None:
+    """The same where others committed right after the last thing that this process has seen."""
+    async with opened(database_url) as here, opened(database_url) as there:
+        await here.start("demo_1")
+        await there.log.append("demo_1", [CancelRequested(by="me")], 2)
+        await here.log.write(lambda _tx: None)  # the writer notices, and nobody listens
+        heard: asyncio.Queue[int] = asyncio.Queue()
+        stop = here.log.feed.listen("demo_1", lambda e: heard.put_nowait(e.version), since=2)
+        async with asyncio.timeout(PATIENCE):
+            assert await heard.get() == 3
+        stop()
+
+
+async def test_readers_in_other_processes(database_url: str) -> None:
+    """What a process of its own writes is seen here, each event once."""
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        reading = asyncio.create_task(read(store, "demo_1"))
+        with children(("append_chunks", database_url, "demo_1", 30)) as (child,):
+            child.go()
+            assert await asyncio.to_thread(child.result) == list(range(3, 33))
+        await store.log.append("demo_1", [Completed(output_length=30)], 32)
+        await within_reason(reading)
+        assert reading.result() == list(range(1, 34))
+
+
+async def test_a_closed_log_is_read_to_its_end_and_no_further(database_url: str) -> None:
+    """After closing, what is there can still be read; waiting for more is refused at once."""
+    async with opened(database_url) as store:
+        await store.start("live")
+        await store.start("over")
+        last = await say(store, "over", 3)
+        await store.log.close()
+        assert await read(store, "over") == list(range(1, last + 1))
+        with pytest.raises(EngineClosed):
+            await asyncio.wait_for(read(store, "live"), PATIENCE)
+
+
+async def test_closing_ends_a_slow_reader_after_what_it_was_kept(database_url: str) -> None:
+    """A reader that is busy when the log is closed gets what was committed, then the reason."""
+    seen: list[int] = []
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        following = store.log.feed.follow("demo_1")
+        seen.append((await anext(following)).version)
+        for offset in range(5):
+            await store.log.append("demo_1", [Chunk(text="x", offset=offset)], 2 + offset)
+        await store.log.close()
+
+        async def go_on() -> None:
+            async for event in following:
+                seen.append(event.version)  # noqa: PERF401 - it ends with an error
+
+        with pytest.raises(EngineClosed):
+            await go_on()
+    assert seen == list(range(1, 8))
+
+
+async def test_cancelled_readers_leave_nothing_behind(database_url: str) -> None:
+    """Readers that are cancelled at any moment are forgotten, and hold nothing of the database."""
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+        for moment in range(30):
+            reading = asyncio.create_task(read(store, "demo_1"))
+            for _ in range(moment):
+                await asyncio.sleep(0)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+        assert not store.log.feed.active
+        again = asyncio.create_task(read(store, "demo_1"))
+        await say(store, "demo_1", 2)
+        await within_reason(again)
+
+
+async def test_what_cannot_be_read_ends_its_readers(backend: Backend, database_url: str) -> None:
+    """News that can't be what was written end the readers with the reason; nobody hangs."""
+    async with opened(database_url) as here, opened(database_url) as there:
+        await there.start("demo_1")
+        reading = asyncio.create_task(read(here, "demo_1"))
+        await asyncio.sleep(0)
+        with backend.shell(database_url) as shell:
+            shell.run(
+                "INSERT INTO events SELECT 3, stream_id, 3, 'chunk', 1, '{', recorded_at, digest "
+                "FROM events WHERE position = 1"
+            )
+            shell.run("UPDATE log_head SET position = 3")
+        with pytest.raises(DatabaseCorrupt):
+            await asyncio.wait_for(reading, PATIENCE)
 
 
 async def test_no_wake_up_is_lost(database_url: str) -> None:

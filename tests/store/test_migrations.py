@@ -6,6 +6,8 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +181,7 @@ class TestANewFile:
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for _ in range(4)
+            for _ in range(3)
         ]
         for child in children:  # all of them wait for this line, then race
             assert child.stdin is not None
@@ -251,6 +253,84 @@ class TestOtherFiles:
         (tmp_path / "file").write_text("")
         path = tmp_path / "file" / "a.db"
         assert "can't create" in self.refused(path, DatabaseUnavailable)
+
+    def test_older_databases_are_not_upgraded_by_looking(self, tmp_path: Path) -> None:
+        """Where nothing may be changed, an empty file is named as what it is."""
+        path = tmp_path / "a.db"
+        path.touch()
+        assert "is empty" in self.refused(path, DatabaseIncompatible, create=False, upgrade=False)
+
+    def test_an_empty_file_becomes_a_database(self, tmp_path: Path) -> None:
+        """A file that somebody has only touched may be used."""
+        path = tmp_path / "a.db"
+        path.touch()
+        Database(path).prepare()
+        Database(path).prepare(create=False, upgrade=False)
+
+    @pytest.mark.parametrize("cut", [0.3, 0.9])
+    def test_damaged_file(self, tmp_path: Path, migrated_file: Path, cut: float) -> None:
+        """A file that was cut off, or whose middle is garbage, is named as damaged."""
+        path = tmp_path / "a.db"
+        whole = migrated_file.read_bytes()
+        for content in (
+            whole[: int(len(whole) * cut)],
+            whole[:4096] + b"\xde\xad" * 4096 + whole[4096 + 8192 :],
+        ):
+            path.write_bytes(content)
+            try:
+                Database(path).prepare()
+                writer = Database(path).writer()
+                try:
+                    with writer.transaction() as connection:
+                        for table in schema.metadata.sorted_tables:
+                            connection.execute(sa.select(table)).all()
+                finally:
+                    writer.close()
+            except StoreError as damaged:
+                said = str(damaged)  # which statement finds it differs
+                assert str(path) in said
+                assert len(said.splitlines()) == 1
+
+    @pytest.mark.parametrize("what", ["file", "folder"])
+    def test_read_only(self, make_database: Callable[[], Path], what: str) -> None:
+        """What can't be written to says so; looking at it is possible all the same."""
+        with tempfile.TemporaryDirectory() as folder:  # root's own temporary folders are closed
+            path = Path(folder) / "a.db"
+            Database(path).prepare()
+            path.chmod(0o444)
+            Path(folder).chmod(0o777 if what == "file" else 0o555)
+            code = """
+import os, sys
+from perdure.errors import StoreError
+from perdure.store.database import Database
+def write(database):
+    writer = database.writer()
+    try:
+        with writer.transaction() as connection:
+            connection.exec_driver_sql("UPDATE log_head SET position = 7")
+    finally:
+        writer.close()
+write(Database(sys.argv[2]))  # whatever is imported late is imported by now
+if os.geteuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    write(Database(sys.argv[1]))
+except StoreError as error:
+    print(f"{type(error).__name__}: {error}")
+with Database(sys.argv[1]).read_only() as reader:
+    print(reader.one("SELECT position FROM log_head")[0])
+"""
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(path), str(make_database())],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            Path(folder).chmod(0o700)
+        lines = done.stdout.splitlines()
+        assert lines[0].startswith("DatabaseUnavailable: ")
+        assert str(path) in lines[0]
+        assert lines[1:] == ["0"]
 
     @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
     def test_database_in_memory(self, url: str) -> None:

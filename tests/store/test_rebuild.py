@@ -192,7 +192,7 @@ redactions = st.sets(st.sampled_from([f"task_{number}" for number in range(5)]),
 class TestRows:
     """The rows of `tasks`."""
 
-    @settings(max_examples=60)
+    @settings(max_examples=40)
     @given(told=stories(), redact_=redactions)
     def test_rebuild_is_equal_to_the_last_bit(
         self, module_backend: Backend, told: list[Life], redact_: set[str]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import secrets
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from perdure.errors import InvalidTransition, TaskNotFound
 from perdure.events import (
     Accepted,
     AttemptFailed,
+    Cancelled,
     Chunk,
     Completed,
     Event,
@@ -19,12 +23,15 @@ from perdure.events import (
     Running,
 )
 from perdure.platforms import Platforms
+from perdure.store import database as database_module
+from perdure.store.claims import load_blobs
 from perdure.store.database import Database
 from perdure.store.maintenance import compare, rebuild, redact, verify
 from perdure.store.records import find_task, read_task
+from perdure.store.schema import VIEWS
 from perdure.submission import prepare as prepare_task
 from perdure.submission import submit
-from perdure.task import Message, Task, TaskStatus
+from perdure.task import Attachment, Message, Task, TaskStatus
 from perdure_adapters import DemoAdapter
 from store.backends import Sqlite, Store, opened
 
@@ -144,6 +151,78 @@ def harmless() -> dict[str, Any]:
     return {"system": None, "context": {}, "metadata": {}, "labels": {}, "options": {}}
 
 
+def traces(sqlite: Sqlite, url: str, marks: list[str]) -> list[tuple[str, str]]:
+    """Return which of these marks are in which file of the database."""
+    path = sqlite.path(url)
+    contents = {file.name: file.read_bytes() for file in path.parent.glob(f"{path.name}*")}
+    return [
+        (mark, name) for mark in marks for name, data in contents.items() if mark.encode() in data
+    ]
+
+
+@pytest.mark.parametrize("round_", range(3))
+async def test_no_byte_is_left_while_others_have_it_open(sqlite: Sqlite, round_: int) -> None:
+    """Short and long texts, redacted at any time, are gone at once, from the WAL too."""
+    seed = secrets.randbelow(10**9)
+    print(f"seed {seed} in round {round_}")
+    chance = random.Random(seed)
+    url = sqlite.new()
+    live: dict[str, tuple[int, int]] = {}
+    gone: list[str] = []
+    async with opened(url) as store, opened(url) as other:
+        await other.submit("bystander")
+        for number in range(80):
+            mark = f"mark{seed}x{number:04d}"
+            size = chance.choice([1, 5, 50, 300, 900, 3000, 9000, 40_000])
+            text = mark * (size // len(mark) + 1)
+            live[mark] = (await store.start(mark, prompt=text, labels={"mark": mark}), 0)
+            for mark in chance.choices(list(live), k=chance.randrange(5)):
+                version, offset = live[mark]
+                text = mark * chance.choice([1, 3, 100, 1000])
+                chunk = Chunk(text=text, offset=offset)
+                live[mark] = (await store.log.append(mark, [chunk], version), offset + len(text))
+            mark = chance.choice(list(live))
+            if chance.random() < 0.5:
+                version, offset = live.pop(mark)
+                await store.log.append(mark, [Completed(output_length=offset)], version)
+                await store.log.write(lambda tx, mark=mark: redact(tx, mark, "me", None))
+                gone.append(f"mark{mark[4:]}" * 2)  # its id alone stays, of course
+                assert traces(sqlite, url, gone[-1:]) == []
+        assert len(gone) > 10
+        assert traces(sqlite, url, gone) == []
+    assert traces(sqlite, url, gone) == []
+    assert_whole(url, redacted=verified(url))
+
+
+def verified(url: str) -> int:
+    """Return how many tombstones a verified log has."""
+    with Database(url).snapshot() as connection:
+        report = verify(connection)
+    assert report.problems == []
+    return report.redacted
+
+
+async def test_somebody_still_looks_at_it(sqlite: Sqlite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader of an older state doesn't hold a redaction up for long; it is gone after it left."""
+    monkeypatch.setattr(database_module, "ERASING_SECONDS", 0.1)
+    url = sqlite.new()
+    async with opened(url) as store:
+        task_id = await take_in(store, secret_task(task_id="task"))
+        await carry_out(store, task_id, done())
+        with store.database.snapshot() as older:
+            count = "SELECT count(*) FROM events WHERE data LIKE '%Xyzzy%'"
+            assert older.exec_driver_sql(count).scalar() == 5
+            assert await take_out(store, task_id) == 6
+            assert older.exec_driver_sql(count).scalar() == 5  # that is what a snapshot is for
+        task_id = await take_in(
+            store, secret_task(task_id="other", key=None, prompt="x", **harmless())
+        )
+        await store.log.append(task_id, [Cancelled()], 1)
+        await take_out(store, task_id)
+        assert traces(sqlite, url, [WORD]) == []
+    assert_whole(url, redacted=7)
+
+
 async def test_what_others_share_stays(database_url: str) -> None:
     """A text that another task has too is kept for it, and goes with the last one."""
     async with opened(database_url) as store:
@@ -185,8 +264,46 @@ async def test_live_task_is_refused(database_url: str) -> None:
         task_id = await take_in(store, secret_task())
         with pytest.raises(InvalidTransition, match="cancel it"):
             await take_out(store, task_id)
+        await store.log.append(task_id, [Running(attempt=1, worker="w", platform="demo")], 1)
+        with pytest.raises(InvalidTransition, match="is running: cancel it"):
+            await take_out(store, task_id)
+        assert (await read_task(store.database, task_id)).prompt == f"What is {WORD}?"
         with pytest.raises(TaskNotFound):
             await take_out(store, "demo_none")
+
+
+async def test_files_are_content(database_url: str, tmp_path: Path) -> None:
+    """An attached file goes with the last task that has it; its name goes at once."""
+    (tmp_path / f"{WORD}.txt").write_text(f"{WORD} in a file")
+    async with opened(database_url) as store:
+        ids = []
+        for key in ("one", "two"):
+            task = secret_task(key=key, files=(str(tmp_path / f"{WORD}.txt"),), **harmless())
+            ids.append(await take_in(store, task))
+            await store.log.append(ids[-1], [Cancelled()], 1)
+        await take_out(store, ids[0])
+        (file,) = (await read_task(store.database, ids[1])).files
+        assert isinstance(file, Attachment)
+        assert await load_blobs(store.database, [file.digest]) == {
+            file.digest: f"{WORD} in a file".encode()
+        }
+        await take_out(store, ids[1])
+        assert await load_blobs(store.database, [file.digest]) == {}
+        assert WORD not in (await read_task(store.database, ids[1])).model_dump_json()
+    assert_whole(database_url, redacted=2)
+
+
+async def test_readers_of_what_was_redacted(database_url: str) -> None:
+    """Its events can still be read, without their content; views show none of it."""
+    async with opened(database_url) as store:
+        task_id = await take_in(store, secret_task())
+        await carry_out(store, task_id, Failed(error_class="X", message=WORD, attempts=2))
+        await take_out(store, task_id)
+        followed = [event async for event in store.log.feed.follow(task_id)]
+        assert [event.version for event in followed] == list(range(1, 11))
+        assert WORD not in repr(followed)
+        for view in VIEWS:
+            assert WORD not in repr(await store.database.rows(sa.text(f"SELECT * FROM {view}")))
 
 
 async def test_conversation_goes_with_its_task(database_url: str) -> None:

@@ -39,7 +39,8 @@ def tail(session: Session, task_id: IdArgument) -> int:
             for row in follow(reader, known, lambda: _say_who_runs(session, reader, known)):
                 follower.take(row)
         except KeyboardInterrupt:
-            say(f"The task goes on without you; {session.command_line('tail', known)}")
+            follower.end_line()
+            say(f"The task goes on; `{session.command_line('tail', known)}` shows it again.")
             raise
         finally:
             follower.end_line()
