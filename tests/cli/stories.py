@@ -131,6 +131,39 @@ def start(*arguments: str | Path, **more: Any) -> subprocess.Popen[str]:
     )
 
 
+ONE: Final = "demo_20261120_aaaa1111"
+TWO: Final = "demo_20261120_aaaa2222"
+THREE: Final = "other_20261120_bbbb3333"
+FOUR: Final = "demo_20261121_cccc4444"
+FIVE: Final = "demo_20261121_dddd5555"
+
+
+def five_tasks(path: Path) -> None:
+    """Write five tasks an hour apart, one of each status, the second run again as the fourth."""
+    hour = timedelta(hours=1)
+    submit(path, ONE, "What is a log?", labels={"team": "red", "size": "1"}, batch="b1")
+    complete(path, ONE, "A log is a ledger.", cost=0.25)
+    submit(path, TWO, "100% sure?", at=NOON + hour, labels={"team": "blue"}, batch="b1")
+    fail(path, TWO, "overloaded, try later")
+    submit(path, THREE, "ÜBER Straßen", at=NOON + 2 * hour, platform="other")
+    cancel(path, THREE, "Partly Done", platform="other")
+    again = {"retry_of": TWO, "labels": {"team": "blue"}}
+    submit(path, FOUR, "100% sure?", at=NOON + 3 * hour, **again)
+    submit(path, FIVE, "Go on", at=NOON + 4 * hour, labels={"team": "red"})
+    tell(path, FIVE, running(), Chunk(text="so "), Chunk(text="far", offset=3))
+
+
+def three_endings(path: Path) -> None:
+    """Write three tasks that ended, one way each, and one that waits."""
+    submit(path, ONE, "What is a log?", batch="b1", labels={"team": "red"})
+    complete(path, ONE, 'A "ledger",\nof sorts.', cost=0.25)
+    submit(path, TWO, "x", batch="b1", at=NOON + timedelta(hours=1))
+    fail(path, TWO, "too busy")
+    submit(path, THREE, "y", platform="other", at=NOON + timedelta(hours=2))
+    cancel(path, THREE, "half", platform="other")
+    submit(path, FOUR, "z", batch="b2")
+
+
 class OnTerminal:
     """Runs command lines whose stdout passes for a terminal."""
 

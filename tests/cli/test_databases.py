@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from invoking import Perdure
 from stories import complete, submit
-
-from conftest import Perdure
 
 TASK = "demo_20261120_aaaa1111"
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from invoking import Perdure
 from stories import (
     ESCAPES,
     OnTerminal,
@@ -22,7 +23,6 @@ from stories import (
     tell,
 )
 
-from conftest import Perdure
 from perdure.events import CancelRequested, Chunk, Completed, Interrupted
 
 TASK = "demo_20261120_aaaa1111"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from invoking import Ended, Perdure
 from programs import query, write_rows
 
-from conftest import Ended, Perdure
 from perdure.batch import Tally
 from perdure.cli.asking import Streamed
 from perdure.cli.summary import cost

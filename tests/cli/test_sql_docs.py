@@ -8,9 +8,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from invoking import Perdure
 from stories import complete, fail, running, submit, tell
 
-from conftest import Perdure
 from perdure.events import CancelRequested, Chunk
 
 PAGE = (Path(__file__).parents[2] / "docs" / "sql.md").read_text("utf-8")

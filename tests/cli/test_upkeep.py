@@ -1,54 +1,29 @@
-"""`perdure verify`, `rebuild`, `redact`, `db …`, `doctor` and `platforms`."""
+"""`perdure verify`, `rebuild` and `redact`."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 import sys
-import threading
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
+from invoking import Perdure
 from stories import (
-    NOON,
-    OnTerminal,
-    asked,
-    cancel,
+    FIVE,
+    ONE,
+    TWO,
     complete,
-    fail,
-    running,
+    five_tasks,
     submit,
-    tell,
-    tell_all,
 )
-
-from conftest import Ended, Perdure
-from perdure.cli.files import stored_revision
-from perdure.events import Chunk
-from perdure.store.claims import register_worker
-from perdure.store.database import Database
-from perdure.store.readonly import APPLICATION_ID, REVISION
-from perdure.store.transaction import FoldCache, Transaction
-
-ONE = "demo_20261120_aaaa1111"
-TWO = "demo_20261120_bbbb2222"
-THREE = "demo_20261120_cccc3333"
 
 
 @pytest.fixture
 def story(database: Path, migrated_file: Path) -> Path:
-    """Four tasks, the last one running."""
+    """Five tasks, one of each status, the second run again as the fourth."""
     database.write_bytes(migrated_file.read_bytes())
-    submit(database, ONE, "What is a log?")
-    complete(database, ONE, "A ledger.")
-    submit(database, TWO, "x")
-    fail(database, TWO)
-    submit(database, THREE, "y")
-    cancel(database, THREE, "half")
-    submit(database, "demo_20261120_dddd4444", "z")
-    tell(database, "demo_20261120_dddd4444", running(), Chunk(text="so far"))
+    five_tasks(database)
     return database
 
 
@@ -144,7 +119,7 @@ class TestVerify:
         found = perdure("verify", "--json").json
         assert found["ok"] is True
         assert found["problems"] == []
-        assert found["tasks"] == 4
+        assert found["tasks"] == 5
         assert found["events"] == found["position"]
         edit(story, "UPDATE tasks SET output = 'x' WHERE stream_id = 1")
         ended = perdure("verify", "--json")
@@ -174,7 +149,7 @@ class TestVerify:
             patch.setattr(sys.stderr, "isatty", lambda: True)
             patch.setattr(room, "_EVERY_SECONDS", 0)
             err = perdure("verify").err
-        assert "comparing tasks: 100 % of 4" in err
+        assert "comparing tasks: 100 % of 5" in err
         assert err.startswith("\r\x1b[K")
         assert "\r\x1b[KAll is well" in err
 
@@ -200,7 +175,7 @@ class TestRebuild:
         """Where nothing was wrong it says so, and changes nothing."""
         before = perdure("list", "--json").out
         assert "all was right" in perdure("rebuild").err
-        assert perdure("rebuild", "--json").json == {"tasks": 4, "rows_mended": 0}
+        assert perdure("rebuild", "--json").json == {"tasks": 5, "rows_mended": 0}
         assert perdure("list", "--json").out == before
 
     def test_unreadable_log(self, story: Path, perdure: Perdure) -> None:
@@ -239,10 +214,10 @@ class TestRedact:
         sys.stdin.close()
         assert ended.code == 2
         assert "--yes" in ended.err
-        assert perdure("output", ONE).out == "A ledger."
+        assert perdure("output", ONE).out == "A log is a ledger."
 
     @pytest.mark.parametrize(
-        ("answer", "code", "left"), [("y\n", 0, ""), ("n\n", 130, "A ledger.")]
+        ("answer", "code", "left"), [("y\n", 0, ""), ("n\n", 130, "A log is a ledger.")]
     )
     def test_asks(
         self,
@@ -267,7 +242,7 @@ class TestRedact:
 
     def test_not_ended(self, story: Path, perdure: Perdure) -> None:
         """A task that hasn't ended is refused."""
-        ended = perdure("redact", "dddd4444", "--yes")
+        ended = perdure("redact", FIVE, "--yes")
         assert (ended.code, ended.err.count("\n")) == (1, 1)
         assert "cancel it" in ended.err
 
@@ -281,350 +256,4 @@ class TestRedact:
     def test_unknown_among_several(self, story: Path, perdure: Perdure) -> None:
         """Where one of several isn't there, none is touched."""
         assert perdure("redact", ONE, "nothing", "--yes").code == 1
-        assert perdure("output", ONE).out == "A ledger."
-
-
-class TestBackup:
-    """`perdure db backup`."""
-
-    def test_copies(self, story: Path, perdure: Perdure, tmp_path: Path) -> None:
-        """The copy is a database as any other, its owner's only, and says where it stands."""
-        copy = tmp_path / "copy.db"
-        seal = perdure("verify").lines[0]
-        ended = perdure("db", "backup", copy, "--json")
-        assert ended.code == 0
-        found = ended.json
-        assert f"{found['position']}:{found['digest']}" == seal
-        assert found["bytes"] == copy.stat().st_size
-        assert copy.stat().st_mode & 0o777 == 0o600
-        assert perdure("verify", "--db", copy).lines == [seal]
-        assert perdure("list", "--json", "--db", copy).out == perdure("list", "--json").out
-        with sqlite3.connect(copy) as connection:
-            assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-            assert connection.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
-        connection.close()
-        assert perdure("redact", ONE, "--yes", "--db", copy).code == 0
-
-    def test_with_what_is_in_the_wal(self, story: Path, perdure: Perdure, tmp_path: Path) -> None:
-        """What was committed a moment ago is in it, also while others have the database open."""
-        reader = sqlite3.connect(story)
-        reader.execute("SELECT * FROM tasks").fetchone()
-        submit(story, "demo_1", "the latest")
-        copy = tmp_path / "copy.db"
-        perdure("db", "backup", copy)
-        assert perdure("show", "demo_1", "--db", copy, "--json").json["prompt"] == "the latest"
-        reader.close()
-
-    def test_while_others_write(
-        self, story: Path, perdure: Perdure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The copy is one moment's, however much is written while it is made."""
-        import perdure.cli.files as room
-
-        tell_all(story, ((f"filler_{n}", (asked("x" * 20_000),), NOON) for n in range(20)))
-        monkeypatch.setattr(room, "_PAGES_A_STEP", 1)
-        stop = threading.Event()
-        written: list[str] = []
-
-        def write() -> None:
-            while not stop.is_set():
-                written.append(f"more_{len(written)}")
-                submit(story, written[-1], "y" * 5000)
-
-        before = perdure("verify", "--json").json["position"]
-        writer = threading.Thread(target=write)
-        writer.start()
-        try:
-            copies = [tmp_path / f"copy{n}.db" for n in range(3)]
-            for copy in copies:
-                assert perdure("db", "backup", copy).code == 0
-        finally:
-            stop.set()
-            writer.join()
-        assert len(written) > 3
-        positions = [perdure("verify", "--json", "--db", copy).json for copy in copies]
-        assert all(found["ok"] for found in positions)
-        assert before <= positions[0]["position"] < positions[-1]["position"]
-
-    def test_what_is_there(self, story: Path, perdure: Perdure, tmp_path: Path) -> None:
-        """A file that is there is replaced with --force only."""
-        copy = tmp_path / "copy.db"
-        copy.write_text("precious")
-        ended = perdure("db", "backup", copy)
-        assert (ended.code, ended.err.count("\n")) == (1, 1)
-        assert "--force" in ended.err
-        assert copy.read_text() == "precious"
-        assert perdure("db", "backup", copy, "--force").code == 0
-        assert perdure("verify", "--db", copy).code == 0
-
-    def test_never_over_a_database_in_use(
-        self, story: Path, perdure: Perdure, tmp_path: Path, migrated_file: Path
-    ) -> None:
-        """Not over the database itself, and not over one whose WAL would spoil the copy."""
-        assert perdure("db", "backup", story, "--force").code == 1
-        link = tmp_path / "link.db"
-        link.symlink_to(story)
-        assert perdure("db", "backup", link, "--force").code == 1
-        other = tmp_path / "other.db"
-        other.write_bytes(migrated_file.read_bytes())
-        user = sqlite3.connect(other)
-        user.execute("UPDATE log_head SET position = 1")
-        user.commit()
-        ended = perdure("db", "backup", other, "--force")
-        assert ended.code == 1
-        assert "in use" in ended.err
-        user.close()
-
-    @pytest.mark.parametrize("place", [".", "no/such/folder/copy.db"])
-    def test_bad_places(self, story: Path, perdure: Perdure, tmp_path: Path, place: str) -> None:
-        """A directory, or a folder that isn't there, is one line."""
-        ended = perdure("db", "backup", tmp_path / place)
-        assert (ended.code, ended.err.count("\n")) == (1, 1)
-
-    def test_leaves_no_draft(
-        self, story: Path, perdure: Perdure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A copy that isn't finished is not left behind."""
-        import perdure.cli.files as room
-
-        def interrupted(*_: Any) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(room.Reader, "one", interrupted)
-        assert perdure("db", "backup", tmp_path / "copy.db").code == 130
-        assert not list(tmp_path.glob("*copy.db*"))
-        assert not list(tmp_path.glob(".copy*"))
-
-
-class TestVacuumAndUpgrade:
-    """`perdure db vacuum` and `perdure db upgrade`."""
-
-    @pytest.mark.parametrize("full", [[], ["--full"]])
-    def test_shrinks(self, story: Path, perdure: Perdure, full: list[str]) -> None:
-        """Space that a redaction left is given back, and the sizes are told."""
-        submit(story, "demo_1", "x" * 1_000_000)
-        cancel(story, "demo_1")
-        perdure("redact", "demo_1", "--yes")
-        ended = perdure("db", "vacuum", *full, "--json")
-        assert ended.code == 0
-        found = ended.json
-        assert found["bytes_before"] - found["bytes_after"] > 1_000_000
-        assert found["bytes_after"] == story.stat().st_size
-        assert perdure("verify").code == 0
-        assert "before" in perdure("db", "vacuum").err
-
-    def test_while_others_look(self, story: Path, perdure: Perdure) -> None:
-        """Somebody who has the database open doesn't keep it from shrinking."""
-        submit(story, "demo_1", "x" * 1_000_000)
-        cancel(story, "demo_1")
-        perdure("redact", "demo_1", "--yes")
-        other = sqlite3.connect(story)
-        other.execute("SELECT * FROM tasks").fetchall()
-        before = story.stat().st_size
-        assert perdure("db", "vacuum").code == 0
-        assert story.stat().st_size < before - 1_000_000
-        other.close()
-
-    def test_up_to_date(self, story: Path, perdure: Perdure) -> None:
-        """A database of today's schema is left as it is."""
-        assert stored_revision(story) == REVISION
-        ended = perdure("db", "upgrade")
-        assert (ended.code, ended.out) == (0, "")
-        assert "already" in ended.err
-        assert perdure("db", "upgrade", "--json").json == {"before": REVISION, "after": REVISION}
-
-    def test_from_nothing(self, database: Path, perdure: Perdure) -> None:
-        """An empty file becomes a database."""
-        database.touch()
-        assert perdure("db", "upgrade", "--json").json == {"before": None, "after": REVISION}
-        assert perdure("list").code == 0
-
-    @pytest.mark.parametrize("content", ["", "no database"])
-    def test_not_ours(self, database: Path, perdure: Perdure, content: str) -> None:
-        """What isn't there, or is no database, is one line."""
-        if content:
-            database.write_text(content * 1000)
-        ended = perdure("db", "upgrade")
-        assert (ended.code, ended.err.count("\n")) == (1, 1)
-
-
-def findings(ended: Ended) -> dict[str, Any]:
-    """Return what the doctor found, by name."""
-    return {found["name"]: found for found in map(json.loads, ended.lines)}
-
-
-class TestDoctor:
-    """`perdure doctor`."""
-
-    def test_healthy(self, story: Path, perdure: Perdure) -> None:
-        """Everything is looked at, and nothing is broken."""
-        story.chmod(0o600)
-        ended = perdure("doctor", "--json")
-        assert ended.code == 0
-        found = findings(ended)
-        names = "python sqlite database permissions disk schema journal integrity log workers tasks"
-        assert {*names.split(), "perdure", "demo", "compatible"} <= {*found}
-        assert found["python"]["value"].startswith(sys.version.split()[0])
-        assert sqlite3.sqlite_version in found["sqlite"]["value"]
-        assert str(story) in found["database"]["value"]
-        assert found["permissions"]["state"] == "ok"
-        assert found["schema"]["value"] == REVISION
-        assert not [one for one in found.values() if one["state"] == "broken"]
-
-    @pytest.mark.parametrize(
-        ("version", "state"), [((3, 51, 2), "note"), ((3, 51, 3), "ok"), ((3, 40, 1), "note")]
-    )
-    def test_wal_reset_race(
-        self,
-        story: Path,
-        perdure: Perdure,
-        monkeypatch: pytest.MonkeyPatch,
-        version: tuple[int, int, int],
-        state: str,
-    ) -> None:
-        """An SQLite with the WAL-reset race is named, and why perdure stays clear of it."""
-        monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
-        found = findings(perdure("doctor", "--json"))["sqlite"]
-        assert found["state"] == state
-        assert ("write lock" in (found["hint"] or "")) == (state == "note")
-
-    def test_permissions(self, story: Path, perdure: Perdure) -> None:
-        """A database that others may read is warned of."""
-        story.chmod(0o644)
-        ended = perdure("doctor", "--json")
-        found = findings(ended)["permissions"]
-        assert ended.code == 0
-        assert found["state"] == "warning"
-        assert "chmod 600" in found["hint"]
-
-    def test_not_there_yet(self, database: Path, perdure: Perdure) -> None:
-        """The default database that no task has created yet is nothing broken."""
-        ended = perdure("doctor", "--json")
-        assert ended.code == 0
-        assert findings(ended)["database"]["state"] == "note"
-        assert not database.exists()
-
-    def test_named_and_not_there(self, perdure: Perdure, tmp_path: Path) -> None:
-        """One that was named has to be there."""
-        ended = perdure("doctor", "--json", "--db", tmp_path / "typo.db")
-        assert ended.code == 1
-        assert findings(ended)["database"]["state"] == "broken"
-
-    @pytest.mark.parametrize("kind", ["directory", "text", "foreign", "newer", "damaged"])
-    def test_broken(self, database: Path, migrated_file: Path, perdure: Perdure, kind: str) -> None:
-        """What is no usable database is broken: exit code 1, and the rest is still looked at."""
-        match kind:
-            case "directory":
-                database.mkdir()
-            case "text":
-                database.write_text("Dear diary,\n" * 999)
-            case "foreign":
-                with sqlite3.connect(database) as connection:
-                    connection.execute("CREATE TABLE x (y)")
-                connection.close()
-            case "newer":
-                database.write_bytes(migrated_file.read_bytes())
-                with sqlite3.connect(database) as connection:
-                    connection.execute("UPDATE alembic_version SET version_num = '9999'")
-                connection.close()
-            case _:
-                database.write_bytes(migrated_file.read_bytes()[:100] + b"\xa5" * 90_000)
-        ended = perdure("doctor", "--json")
-        assert ended.code == 1
-        assert ended.err == ""
-        assert [one for one in findings(ended).values() if one["state"] == "broken"]
-        assert "demo" in findings(ended)
-
-    def test_damaged_page(self, story: Path, perdure: Perdure) -> None:
-        """A page that was overwritten is found by the quick check."""
-        tell_all(story, ((f"demo_{n}", (asked("x" * 1000),), NOON) for n in range(200)))
-        with sqlite3.connect(story) as connection:
-            root = connection.execute(
-                "SELECT rootpage FROM sqlite_master WHERE type = 'index' AND tbl_name = 'events'"
-            ).fetchone()[0]
-            size = connection.execute("PRAGMA page_size").fetchone()[0]
-        connection.close()
-        with story.open("r+b") as file:
-            file.seek((root - 1) * size + 40)
-            file.write(b"\xff" * 400)
-        ended = perdure("doctor", "--json")
-        assert ended.code == 1
-        assert findings(ended)["integrity"]["state"] == "broken"
-
-    def test_workers(self, story: Path, perdure: Perdure) -> None:
-        """Workers alive and lost, and tasks that nobody runs."""
-        found = findings(perdure("doctor", "--json"))
-        assert found["workers"]["state"] == "warning"  # of worker_1 there is only a running task
-        assert found["tasks"]["value"] == "1 running"
-        writer = Database(story).writer()
-        with writer.transaction() as connection:
-            register_worker(Transaction(connection, FoldCache(), datetime.now(UTC)), "here")
-            gone = Transaction(connection, FoldCache(), NOON - timedelta(days=1))
-            register_worker(gone, "gone")
-        writer.close()
-        found = findings(perdure("doctor", "--json"))
-        assert found["workers"]["value"] == "1 alive, 2 lost"
-        submit(story, "demo_1", "x")
-        assert findings(perdure("doctor", "--json"))["tasks"]["value"] == "1 pending, 1 running"
-
-    def test_keys_are_not_shown(
-        self, story: Path, perdure: Perdure, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Whatever keys are set, none is in what it says."""
-        monkeypatch.setenv("PERDURE_COMPATIBLE_BASE_URL", "http://user:hunter2@host:1/v1")
-        monkeypatch.setenv("PERDURE_COMPATIBLE_API_KEY", "sk secret")
-        for command in ("doctor", "platforms"):
-            for form in ([], ["--json"]):
-                ended = perdure(command, *form)
-                assert "hunter2" not in ended.out
-                assert "secret" not in ended.out
-
-    def test_for_people(self, story: Path, perdure: Perdure, on_terminal: OnTerminal) -> None:
-        """In a pipe four fields; on a terminal what to do is below."""
-        assert {line.count("\t") for line in perdure("doctor").lines} == {3}
-        shown = on_terminal("doctor").out
-        assert "ok       demo" in shown
-
-
-class TestPlatforms:
-    """`perdure platforms`."""
-
-    def test_what_is_missing(
-        self, perdure: Perdure, monkeypatch: pytest.MonkeyPatch, on_terminal: OnTerminal
-    ) -> None:
-        """A platform that can't be used says what to install or set; no database is needed."""
-        for name in ("PERDURE_COMPATIBLE_BASE_URL", "OPENAI_BASE_URL"):
-            monkeypatch.delenv(name, raising=False)
-        ended = perdure("platforms", "--json")
-        assert ended.code == 0
-        found = {one["platform"]: one for one in map(json.loads, ended.lines)}
-        assert found["demo"]["usable"] is True
-        assert found["demo"]["default_model"] == "demo-1"
-        assert "streaming" in found["demo"]["abilities"]
-        assert found["compatible"]["usable"] is False
-        assert "PERDURE_COMPATIBLE_BASE_URL" in found["compatible"]["problem"]
-        assert {line.count("\t") for line in perdure("platforms").lines} == {4}
-        assert "compatible: " in on_terminal("platforms").out
-
-    def test_usable(self, perdure: Perdure, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With its address set it can be used."""
-        pytest.importorskip("openai")
-        monkeypatch.setenv("PERDURE_COMPATIBLE_BASE_URL", "http://127.0.0.1:1/v1")
-        lines = perdure("platforms", "--json").lines
-        found = {one["platform"]: one for one in map(json.loads, lines)}
-        assert found["compatible"] == {**found["compatible"], "usable": True, "problem": None}
-
-    def test_broken_platform(self, perdure: Perdure, monkeypatch: pytest.MonkeyPatch) -> None:
-        """One that can't even be loaded doesn't hide the others."""
-        from importlib.metadata import EntryPoint
-
-        from perdure import platforms as room
-
-        points = [
-            EntryPoint("broken", "no_such_module:Adapter", room.GROUP),
-            EntryPoint("demo", "perdure_adapters.demo:DemoAdapter", room.GROUP),
-        ]
-        monkeypatch.setattr(room, "entry_points", lambda **_: points)
-        found = [json.loads(line) for line in perdure("platforms", "--json").lines]
-        assert [one["usable"] for one in found] == [False, True]
-        assert "no_such_module" in found[0]["problem"]
+        assert perdure("output", ONE).out == "A log is a ledger."

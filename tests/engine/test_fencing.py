@@ -177,9 +177,9 @@ async def test_a_worker_that_shows_itself_keeps_its_tasks(db: Path) -> None:
     async with engine_on(db, adapter, settings={"heartbeat_seconds": 0.05}) as first:
         task_id = await first.submit_task(ASK)
         await hold.reached.wait()
-        settings = {"lease_seconds": 2.0, "heartbeat_seconds": 0.02}
+        settings = {"lease_seconds": 4.0, "heartbeat_seconds": 0.02}
         async with engine_on(db, others, settings=settings):
-            await asyncio.sleep(3)
+            await asyncio.sleep(4.5)
         hold.release()
         assert (await first.get_result(task_id, 30)).attempts == 1
     assert others.calls == []

@@ -350,9 +350,10 @@ async def test_a_living_process_elsewhere_is_waited_for(
             lambda tx: tx.connection.exec_driver_sql("UPDATE workers SET pid = 2147483646")
         )
         monkeypatch.setattr(claims, "host_name", real)
-        async with engine_on(db, settings={"lease_seconds": 1.5}) as other:
+        async with engine_on(db, settings={"lease_seconds": 3600}):
             await asyncio.sleep(0.5)
             assert of_type(db, task_id, "interrupted") == []
+        async with engine_on(db, settings={"lease_seconds": 0.3}) as other:
             assert (await other.get_result(task_id, 30)).success
     assert_sound(db)
 

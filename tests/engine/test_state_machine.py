@@ -266,10 +266,11 @@ class TwoEngines(RuleBasedStateMachine):
         task.platform = task.platforms[0]
         self.tasks[task.task_id] = task
 
-    @precondition(lambda self: self.workers)
     @rule(target=owners, data=st.data(), limit=st.integers(1, 3))
     def claim(self, data: st.DataObject, limit: int) -> Any:
-        """A worker takes what is due, by priority and age."""
+        """A worker takes what is due, by priority and age; where none is left one begins."""
+        if not self.workers:
+            self.add_worker(0)
         worker = data.draw(st.sampled_from(list(self.workers)))
         return multiple(*self.claimed(worker, self.write_claim(worker, limit), limit))
 
@@ -342,46 +343,37 @@ class TwoEngines(RuleBasedStateMachine):
             assert (state.cancel is not None) == task.cancel
             owner.state = state
 
-    @rule(owner=owners, text=st.text(min_size=1, max_size=5), reasoning=st.booleans())
-    def write_chunk(self, owner: Owner, text: str, reasoning: bool) -> None:
-        """A piece of output."""
-        kind = "reasoning" if reasoning else "text"
+    @rule(
+        owner=owners,
+        what=st.sampled_from(["text", "text", "text", "reasoning", "usage", "accepted", "file"]),
+        text=st.text(min_size=1, max_size=5),
+        tokens=st.integers(0, 9),
+    )
+    def write_something(self, owner: Owner, what: str, text: str, tokens: int) -> None:
+        """What an adapter may yield on the way."""
+        task = owner.task
         text = text.replace("\x00", "").encode(errors="ignore").decode() or "x"
         # Nobody else writes chunks to a task one owns, so the offset one knows is the right one.
-        length = owner.task.reasoning if reasoning else len(owner.task.text)
-        chunk = Chunk(text=text, kind=kind, offset=length)
-        if self.append(owner, lambda _state: (chunk,)):
-            owner.task.events.append("chunk")
-            if reasoning:
-                owner.task.reasoning += len(text)
-            else:
-                owner.task.text += text
-
-    @rule(owner=owners, tokens=st.integers(0, 9))
-    def write_usage(self, owner: Owner, tokens: int) -> None:
-        """Tokens known so far."""
-        event = UsageReported(usage=Usage(output_tokens=tokens))
-        if self.append(owner, lambda _state: (event,)):
-            owner.task.events.append("usage")
-            owner.task.usage = tokens
-
-    @rule(owner=owners, reattachable=st.booleans())
-    def accept(self, owner: Owner, reattachable: bool) -> None:
-        """The platform names its response."""
-        if not reattachable and owner.task.reattachable:
+        event: Event = {
+            "text": Chunk(text=text, offset=len(task.text)),
+            "reasoning": Chunk(text=text, kind="reasoning", offset=task.reasoning),
+            "usage": UsageReported(usage=Usage(output_tokens=tokens)),
+            "accepted": Accepted(response_id="r", reattachable=True),
+            "file": FileCreated(path=text[0]),
+        }[what]
+        if not self.append(owner, lambda _state: (event,)):
             return
-        event = Accepted(response_id="r", reattachable=reattachable)
-        if reattachable and self.append(owner, lambda _state: (event,)):
-            owner.task.events.append("accepted")
-            owner.task.reattachable = True
-
-    @rule(owner=owners, name=st.sampled_from("xy"))
-    def write_file(self, owner: Owner, name: str) -> None:
-        """A file was written."""
-        if self.append(owner, lambda _state: (FileCreated(path=name),)):
-            owner.task.events.append("file_created")
-            if name not in owner.task.files:
-                owner.task.files.append(name)
+        task.events.append(event.type)
+        if what == "text":
+            task.text += text
+        elif what == "reasoning":
+            task.reasoning += len(text)
+        elif what == "usage":
+            task.usage = tokens
+        elif what == "accepted":
+            task.reattachable = True
+        elif text[0] not in task.files:
+            task.files.append(text[0])
 
     @rule(owner=consumes(owners), tokens=st.none() | st.integers(0, 9))
     def complete(self, owner: Owner, tokens: int | None) -> None:
@@ -556,23 +548,16 @@ class TwoEngines(RuleBasedStateMachine):
         found = [task for task in found if task.available <= self.now]
         return sorted(found, key=lambda task: task.priority)  # stable: by age within a priority
 
-    @precondition(lambda self: self.workers)
-    @rule(data=st.data())
-    def beat(self, data: st.DataObject) -> None:
-        """A worker shows itself."""
-        worker = data.draw(st.sampled_from(list(self.workers)))
-        node, _ = self.workers[worker]
-        self.write(node, lambda tx: claims.beat(tx, worker))
-        self.workers[worker] = (node, self.now)
-
-    @rule(seconds=st.sampled_from([1, 5, 31]))
+    @rule(seconds=st.sampled_from([1, 10, 20]))
     def time_passes(self, seconds: int) -> None:
         """Waits end, and workers that don't show themselves become suspicious."""
         self.now += timedelta(seconds=seconds)
 
-    @rule(node=st.integers(0, 1))
-    def recover(self, node: int) -> None:
-        """A node looks for the dead and takes over what they had."""
+    @rule(node=st.integers(0, 1), silence=st.booleans())
+    def recover(self, node: int, silence: bool) -> None:
+        """A node looks for the dead and takes over what they had, in time or after a silence."""
+        if silence:
+            self.now += LEASE
         database = self.nodes[node].database
         found = self.run(claims.find_lost(database, LEASE, self.now))
         lost = [name for name, (_, seen) in self.workers.items() if seen + LEASE <= self.now]
@@ -591,17 +576,26 @@ class TwoEngines(RuleBasedStateMachine):
         # It may come back, and then has to make itself known again.
         self.workers.pop(worker, None)
 
-    @rule(node=st.integers(0, 1))
-    def another_worker(self, node: int) -> None:
-        """A worker begins."""
-        if len(self.workers) < 4:
+    @rule(
+        node=st.integers(0, 1),
+        what=st.sampled_from(["beat", "another worker", "start anew", "rebuild"]),
+        data=st.data(),
+    )
+    def look_after_it(self, node: int, what: str, data: st.DataObject) -> None:
+        """What changes no task."""
+        if what == "beat" and self.workers:
+            worker = data.draw(st.sampled_from(list(self.workers)))
+            place, _ = self.workers[worker]
+            self.write(place, lambda tx: claims.beat(tx, worker))
+            self.workers[worker] = (place, self.now)
+        elif what == "another worker" and len(self.workers) < 4:
             self.add_worker(node)
-
-    @rule(node=st.integers(0, 1))
-    def start_anew(self, node: int) -> None:
-        """An engine ends without a word and another is opened: what it knew by heart is gone."""
-        self.run(self.nodes[node].close())
-        self.nodes[node] = self.open()
+        elif what == "start anew":  # an engine ends, and what it knew by heart is gone
+            self.run(self.nodes[node].close())
+            self.nodes[node] = self.open()
+        elif what == "rebuild":
+            report = self.write(node, lambda tx: rebuild(tx.connection))
+            assert (report.tasks, report.differed) == (len(self.tasks), 0)
 
     @precondition(lambda self: self.tasks)
     @rule(node=st.integers(0, 1), data=st.data())
@@ -643,12 +637,6 @@ class TwoEngines(RuleBasedStateMachine):
         if changed:
             task.events.append("redacted")
             task.redacted = True
-
-    @rule(node=st.integers(0, 1))
-    def rebuild(self, node: int) -> None:
-        """The projection is thrown away and made again."""
-        report = self.write(node, lambda tx: rebuild(tx.connection))
-        assert (report.tasks, report.differed) == (len(self.tasks), 0)
 
     # -- what must hold --------------------------------------------------------------------------
 
@@ -694,7 +682,7 @@ class TwoEngines(RuleBasedStateMachine):
                 text if task.status in ("failed", "cancelled") else None,
                 task.tokens,
                 iso(task.available),
-                json.dumps(files, separators=(",", ":")) if files else None,
+                json.dumps(files, ensure_ascii=False, separators=(",", ":")) if files else None,
             )
             assert status_of(stored_events(self.path, task.task_id)) == task.status
 

@@ -116,16 +116,15 @@ def identify(raw: RawRow, batch: str, defaults: Defaults) -> Row:
         raise InvalidTask(error)
     if None in fields.values():
         fields = {name: value for name, value in fields.items() if value is not None}
-    own = _own_id(fields)
+    own = fields.get("id")
+    if own is not None and (type(own) is not str or not own.strip() or len(own) > _LONGEST_ID):
+        own = _own_id(own)
     content = _digest(fields)
     key = f"{batch}:{content if own is None else own}"
     return Row(line, own, key, content + defaults.suffix, fields)
 
 
-def _own_id(fields: Mapping[str, Any]) -> str | None:
-    own = fields.get("id")
-    if own is None:
-        return None
+def _own_id(own: Any) -> str:  # noqa: ANN401 - whatever a row may hold
     if isinstance(own, int) and not isinstance(own, bool):
         own = str(own)
     if not isinstance(own, str):
