@@ -14,10 +14,11 @@ from typing import Any, Final, cast
 from perdure.adapter import Call, LoadedFile
 from perdure.errors import InvalidRequest, Overloaded, StreamTruncated
 from perdure.events import Accepted, Chunk, ChunkKind, Completed, Event, UsageReported
-from perdure.task import Usage
-from perdure.text import check_json
-from perdure_adapters._prompt import GO_ON, file_kind, file_text, opening
+from perdure.task import Tool, Usage
+from perdure_adapters._prompt import file_kind, file_text, follow_up, opening
+from perdure_adapters._reading import count_in, list_in, raw_form, text_in
 from perdure_adapters._sdk import typed_error
+from perdure_adapters._tools import ToolCallText
 
 __all__ = ["ChatReader", "chat_messages", "chat_parameters", "chat_usage"]
 
@@ -59,6 +60,17 @@ def chat_parameters(call: Call) -> dict[str, Any]:
         parameters["max_tokens"] = limits.max_tokens
     if limits.temperature is not None:
         parameters["temperature"] = limits.temperature
+    if limits.stop_sequences:
+        parameters["stop"] = list(limits.stop_sequences)
+    if limits.reasoning_effort is not None:
+        parameters["reasoning_effort"] = limits.reasoning_effort
+    if call.task.output_schema is not None:
+        parameters["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "output", "schema": call.task.output_schema},
+        }
+    if call.task.tools:
+        parameters["tools"] = [_tool(tool) for tool in call.task.tools]
     return {**parameters, **options}
 
 
@@ -80,10 +92,18 @@ def chat_messages(call: Call) -> list[dict[str, Any]]:
         content = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in images]
         content.append({"type": "text", "text": question})
     messages.append({"role": "user", "content": content})
-    if call.resume is not None and call.resume.output:
-        messages.append({"role": "assistant", "content": call.resume.output})
-        messages.append({"role": "user", "content": GO_ON})
+    more = follow_up(call)
+    if more is not None:
+        messages.append({"role": "assistant", "content": more[0]})
+        messages.append({"role": "user", "content": more[1]})
     return messages
+
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name, "parameters": tool.parameters}
+    if tool.description:
+        function["description"] = tool.description
+    return {"type": "function", "function": function}
 
 
 def _sorted_files(files: Sequence[LoadedFile]) -> tuple[list[tuple[str, str]], list[LoadedFile]]:
@@ -111,39 +131,22 @@ def chat_usage(usage: object) -> Usage:
     """Return the tokens a chat server reports: totals that include the cached and the reasoned."""
     prompt_details = getattr(usage, "prompt_tokens_details", None)
     output_details = getattr(usage, "completion_tokens_details", None)
-    input_tokens = _count(usage, "prompt_tokens")
-    output_tokens = _count(usage, "completion_tokens")
-    reasoning = _count(output_details, "reasoning_tokens")
+    input_tokens = count_in(usage, "prompt_tokens")
+    output_tokens = count_in(usage, "completion_tokens")
+    reasoning = count_in(output_details, "reasoning_tokens")
     if reasoning and input_tokens is not None and output_tokens is not None:
         # Some servers leave reasoning out of the output; the total gives it away.
-        missing = (_count(usage, "total_tokens") or 0) - input_tokens - output_tokens
+        missing = (count_in(usage, "total_tokens") or 0) - input_tokens - output_tokens
         if missing == reasoning:
             output_tokens += reasoning
     return Usage(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
-        cache_read_tokens=_count(prompt_details, "cached_tokens"),
-        cache_write_tokens=_count(prompt_details, "cache_write_tokens"),
+        cache_read_tokens=count_in(prompt_details, "cached_tokens"),
+        cache_write_tokens=count_in(prompt_details, "cache_write_tokens"),
         reasoning_tokens=reasoning,
-        raw=_raw(usage),
+        raw=raw_form(usage),
     )
-
-
-def _count(holder: object, name: str) -> int | None:
-    value = getattr(holder, name, None)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _raw(usage: object) -> dict[str, Any] | None:
-    dump = getattr(usage, "model_dump", None)
-    if dump is None:
-        return None
-    try:
-        return cast("dict[str, Any]", check_json(dump(exclude_unset=True, warnings=False)))
-    except ValueError:  # a number no database takes: the counts above are what matters
-        return None
 
 
 class ChatReader:
@@ -177,22 +180,22 @@ class ChatReader:
         """
         if getattr(chunk, "object", None) == "error":  # older servers, without an `error` around it
             raise typed_error(
-                _text(chunk, "message") or "the server reported an error",
-                names=(str(getattr(chunk, "code", "")), _text(chunk, "type")),
+                text_in(chunk, "message") or "the server reported an error",
+                names=(str(getattr(chunk, "code", "")), text_in(chunk, "type")),
                 request_id=self._request_id,
             )
         if not self._accepted:
             self._accepted = True
             yield Accepted(
-                response_id=_text(chunk, "id") or None,
+                response_id=text_in(chunk, "id") or None,
                 request_id=self._request_id,
-                model=_text(chunk, "model") or None,
+                model=text_in(chunk, "model") or None,
                 note=self._note,
             )
         choice = _first_choice(chunk)
         if choice is not None:
             yield from self._delta(getattr(choice, "delta", None))
-            self._finish_reason = _text(choice, "finish_reason") or self._finish_reason
+            self._finish_reason = text_in(choice, "finish_reason") or self._finish_reason
         usage = getattr(chunk, "usage", None)
         if usage is not None:
             self._usage = chat_usage(usage)
@@ -227,68 +230,52 @@ class ChatReader:
     def _delta(self, delta: object) -> Iterator[Event]:
         if delta is None:
             return
-        reasoning = _text(delta, "reasoning_content") or _text(delta, "reasoning")
+        reasoning = text_in(delta, "reasoning_content") or text_in(delta, "reasoning")
         if reasoning:
             yield Chunk(text=reasoning, kind="reasoning")
         for kind, text in _content(delta):
             self._characters += len(text) if kind == "text" else 0
             yield Chunk(text=text, kind=kind)
-        refusal = _text(delta, "refusal")
+        refusal = text_in(delta, "refusal")
         if refusal:
             self._refused = True
             self._characters += len(refusal)
             yield Chunk(text=refusal)
-        called = "".join(self._tools.feed(call) for call in _list(delta, "tool_calls"))
+        called = "".join(self._tools.feed(call) for call in list_in(delta, "tool_calls"))
         if called:
             yield Chunk(text=called, kind="tool_call")
 
 
 class _ToolCalls:
-    """Writes tool calls as text: one JSON object a line, its arguments as they come.
-
-    `{"id": …, "name": …, "arguments": …}`; whole as soon as the next call or the end is there.
-    """
+    """Puts the pieces of calls together, whose order and numbers servers see differently."""
 
     def __init__(self) -> None:
         self._index: object = None
         self._id: str = ""
-        self._open = False
-        self._arguments = False
+        self._text = ToolCallText()
 
     def feed(self, call: object) -> str:
         """Return the text that one delta adds."""
         function = getattr(call, "function", None)
         index = getattr(call, "index", None)
-        id_ = _text(call, "id")
+        id_ = text_in(call, "id")
         text = ""
         # Some servers number all calls 0 and tell them apart by their id alone.
-        if not self._open or index != self._index or (id_ and id_ != self._id):
-            text = self.close()
-            self._index, self._id, self._open, self._arguments = index, id_, True, False
-            name = _text(function, "name")
-            text += f'{{"id":{_quoted(id_)},"name":{_quoted(name)},"arguments":'
+        if not self._text.open or index != self._index or (id_ and id_ != self._id):
+            self._index, self._id = index, id_
+            text = self._text.begin(id_, text_in(function, "name"))
         arguments: object = getattr(function, "arguments", None)
         if arguments is not None and not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        if arguments:
-            self._arguments = True
-            text += arguments
-        return text
+        return text + self._text.arguments(arguments or "")
 
     def close(self) -> str:
         """Return what completes the call that is open; empty where none is."""
-        if not self._open:
-            return ""
-        self._open = False
-        return "}\n" if self._arguments else "{}}\n"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+        return self._text.close()
 
 
 def _first_choice(chunk: object) -> object | None:
-    for choice in _list(chunk, "choices"):
+    for choice in list_in(chunk, "choices"):
         if getattr(choice, "index", 0) in (0, None):
             return choice
     return None
@@ -299,7 +286,7 @@ def _content(delta: object) -> Iterator[tuple[ChunkKind, str]]:
     content = getattr(delta, "content", None)
     if isinstance(content, str) and content:
         yield "text", content
-    for part in _list(delta, "content"):
+    for part in list_in(delta, "content"):
         if isinstance(part, Mapping):
             yield from _part(cast("Mapping[str, object]", part))
 
@@ -317,13 +304,3 @@ def _part(part: Mapping[str, object]) -> Iterator[tuple[ChunkKind, str]]:
 
 def _field(part: object, name: str) -> object:
     return cast("Mapping[str, object]", part).get(name) if isinstance(part, Mapping) else None
-
-
-def _list(holder: object, name: str) -> list[object]:
-    value = getattr(holder, name, None)
-    return cast("list[object]", value) if isinstance(value, list) else []
-
-
-def _text(holder: object, name: str) -> str:
-    value = getattr(holder, name, None)
-    return value if isinstance(value, str) else ""

@@ -9,17 +9,22 @@ import json
 from typing import Final, Literal
 from xml.sax.saxutils import quoteattr
 
-from perdure.adapter import LoadedFile
+from perdure.adapter import Call, LoadedFile
 from perdure.errors import InvalidRequest
 from perdure.task import Attachment, Task
 
-__all__ = ["GO_ON", "file_kind", "file_text", "opening"]
+__all__ = ["GO_ON", "file_kind", "file_text", "follow_up", "opening"]
 
 GO_ON: Final = (
     "Your answer above was cut off. Go on exactly where it stops, even in the middle of a word. "
     "Repeat nothing of it, and add no remark about the interruption."
 )
 """What is asked, after the partial answer, of platforms that don't simply go on with it."""
+
+_REPAIR: Final = (
+    "Your answer above can't be used: {problem}. Give the whole answer again, corrected: one JSON "
+    "value that satisfies the schema you were given, and nothing else."
+)
 
 # Media types that are text though they don't begin with `text/`.
 _TEXT_TYPES: Final = frozenset(
@@ -84,6 +89,23 @@ def opening(task: Task, texts: list[tuple[str, str]]) -> str:
     ]
     parts += [_tagged("file", name, text) for name, text in texts]
     return "".join(f"{part}\n\n" for part in parts)
+
+
+def follow_up(call: Call) -> tuple[str, str] | None:
+    """Return the two turns that come after the question: the answer there is, and what to do.
+
+    None where the call is a new beginning, or goes on with a response that is still there.
+    """
+    resume = call.resume
+    if resume is None or not resume.output.strip():
+        return None
+    match resume.mode:
+        case "continue":
+            return resume.output, GO_ON
+        case "repair":
+            return resume.output, _REPAIR.format(problem=resume.problem or "it is not valid")
+        case "reattach":
+            return None
 
 
 def _tagged(tag: str, name: str, text: str) -> str:

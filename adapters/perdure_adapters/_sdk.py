@@ -67,6 +67,9 @@ _BY_NAME: Final[Mapping[str, type[PlatformError]]] = {
     "content_filter": ContentRefused,
     "content_policy_violation": ContentRefused,
     "responsibleaipolicyviolation": ContentRefused,
+    "bio_policy": ContentRefused,
+    "image_content_policy_violation": ContentRefused,
+    "misalignment_policy_violation": ContentRefused,
     # Error events in a stream whose status was 200.
     "overloaded_error": Overloaded,
     "overloaded": Overloaded,
@@ -89,6 +92,22 @@ _BY_NAME: Final[Mapping[str, type[PlatformError]]] = {
     "context_length_exceeded": InvalidRequest,
     "exceed_context_size_error": InvalidRequest,
     "model_not_found": InvalidRequest,
+    "data_residency_mismatch": InvalidRequest,
+    "empty_image_file": InvalidRequest,
+    "failed_to_download_image": InvalidRequest,
+    "image_file_not_found": InvalidRequest,
+    "image_file_too_large": InvalidRequest,
+    "image_parse_error": InvalidRequest,
+    "image_too_large": InvalidRequest,
+    "image_too_small": InvalidRequest,
+    "invalid_base64_image": InvalidRequest,
+    "invalid_image": InvalidRequest,
+    "invalid_image_format": InvalidRequest,
+    "invalid_image_mode": InvalidRequest,
+    "invalid_image_url": InvalidRequest,
+    "invalid_prompt": InvalidRequest,
+    "unsupported_image_media_type": InvalidRequest,
+    "vector_store_timeout": PlatformTimeout,
 }
 
 # These overrule any status. A general word such as `invalid_request_error` does not: some servers

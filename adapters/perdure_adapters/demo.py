@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Final, Unpack
+from typing import Any, Final, Unpack
 
 from perdure.adapter import Call, Capabilities
-from perdure.errors import InvalidRequest, PlatformError, StreamTruncated
+from perdure.errors import InvalidRequest, NotConfigured, PlatformError, StreamTruncated
 from perdure.events import Accepted, Chunk, Completed, Event, UsageReported
 from perdure.task import Task, Usage
 from perdure_adapters._demo_options import DemoKeywords, DemoOptions, Journal, error_named
@@ -41,8 +41,9 @@ _CHUNKS_A_USAGE: Final = 32
 class DemoAdapter(AsyncBasePlatformAdapter):
     """A platform that demonstrates. Words count as tokens; nothing costs anything.
 
-    Takes the fields of `DemoOptions` as keyword arguments; `task.options` override them for one
-    task. A task's `max_tokens` ends its text early, with the finish reason `length`.
+    Takes the fields of `DemoOptions` as keyword arguments, or from its table in `perdure.toml`
+    (`settings`); `task.options` override them for one task. A task's `max_tokens` ends its text
+    early, with the finish reason `length`.
 
     Example:
         ``DemoAdapter(words=200, delay=0.05)`` writes 200 words, four every 50 ms;
@@ -62,8 +63,19 @@ class DemoAdapter(AsyncBasePlatformAdapter):
     )
     default_model = "demo-1"
 
-    def __init__(self, **options: Unpack[DemoKeywords]) -> None:
-        self._options = DemoOptions.of(options)
+    def __init__(
+        self,
+        *,
+        platform: str = "demo",
+        settings: Mapping[str, Any] | None = None,
+        **options: Unpack[DemoKeywords],
+    ) -> None:
+        self.platform = platform
+        try:
+            DemoOptions.of(settings or {})
+        except InvalidRequest as error:
+            raise NotConfigured(f"perdure.toml: {error}") from None
+        self._options = DemoOptions.of(settings or {}, options)
 
     def __repr__(self) -> str:
         """Return how it was made."""

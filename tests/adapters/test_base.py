@@ -60,7 +60,10 @@ def test_importing_the_adapters_imports_no_sdk_and_no_sql() -> None:
     """Neither an SDK nor SQLAlchemy is loaded before it is needed, not even to make adapters."""
     code = (
         "import sys, perdure_adapters as p; p.DemoAdapter(); p.CompatibleAdapter('http://x/v1');"
-        "print([m for m in ('openai', 'httpx2', 'sqlalchemy', 'alembic') if m in sys.modules])"
+        "p.ClaudeAdapter(api_key='x').check();"
+        "p.ClaudeCodeAdapter().check();"
+        "heavy = ('anthropic', 'claude_agent_sdk', 'openai', 'httpx2', 'sqlalchemy', 'alembic');"
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -146,6 +146,7 @@ class ChatServer:
             task = asyncio.create_task(self._connection(reader, writer))
             connections.add(task)
             task.add_done_callback(connections.discard)
+            task.add_done_callback(lambda _: writer.close())  # one cancelled at once never begins
 
         server = await asyncio.start_server(connected, "127.0.0.1", 0, backlog=512)
         self._port = server.sockets[0].getsockname()[1]
@@ -155,6 +156,7 @@ class ChatServer:
         for task in list(connections):
             task.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
+        await asyncio.sleep(0)  # what was closed last ends with the next turn of the loop
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -163,7 +165,7 @@ class ChatServer:
                 self.seen.append(seen)
                 self.open += 1
                 try:
-                    if not await self._until_gone(reader, _Response(writer), seen):
+                    if not await self._until_gone(reader, Response(writer), seen):
                         break
                 finally:
                     self.open -= 1
@@ -175,7 +177,7 @@ class ChatServer:
                 await writer.wait_closed()
 
     async def _until_gone(
-        self, reader: asyncio.StreamReader, response: _Response, seen: Seen
+        self, reader: asyncio.StreamReader, response: Response, seen: Seen
     ) -> bool:
         """Answer, or stop as soon as the client is gone; return whether the connection stays."""
         answering = asyncio.create_task(self._answer(response, seen))
@@ -191,7 +193,7 @@ class ChatServer:
                 task.cancel()
             await asyncio.gather(answering, gone, return_exceptions=True)
 
-    async def _answer(self, response: _Response, seen: Seen) -> bool:
+    async def _answer(self, response: Response, seen: Seen) -> bool:
         if seen.path.endswith("/models"):
             listed = [{"id": name, "object": "model"} for name in self.models]
             return await response.whole(200, json.dumps({"object": "list", "data": listed}))
@@ -207,7 +209,7 @@ class ChatServer:
             return await response.whole(scenario.status, body, scenario.headers)
         return await self._stream(response, scenario, seen.body)
 
-    async def _stream(self, response: _Response, scenario: Scenario, body: dict[str, Any]) -> bool:
+    async def _stream(self, response: Response, scenario: Scenario, body: dict[str, Any]) -> bool:
         await response.begin(scenario.headers)
         for index, data in enumerate([*events(scenario, body), None]):
             if scenario.delay:
@@ -277,29 +279,38 @@ async def _request(reader: asyncio.StreamReader) -> Seen | None:
     return Seen(method, path, headers, json.loads(body) if body else {})
 
 
-class _Response:
+class Response:
+    """What is sent back."""
+
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
 
     async def whole(self, status: int, body: str, headers: dict[str, str] | None = None) -> bool:
+        """Send a response that is no stream."""
         data = body.encode()
         fields = {"content-type": "application/json", "x-request-id": "req-1", **(headers or {})}
         await self._send(_head(status, {**fields, "content-length": str(len(data))}) + data)
         return True
 
     async def begin(self, headers: dict[str, str]) -> None:
+        """Begin a stream."""
         fields = {"content-type": "text/event-stream", "x-request-id": "req-1", **headers}
         await self._send(_head(200, {**fields, "transfer-encoding": "chunked"}))
 
-    async def event(self, data: str | bytes) -> None:
+    async def event(self, data: str | bytes, name: str | None = None) -> None:
+        """Send one event of the stream."""
         payload = b"data: %s\n\n" % (data.encode() if isinstance(data, str) else data)
+        if name is not None:
+            payload = b"event: %s\n%s" % (name.encode(), payload)
         await self._send(b"%x\r\n%s\r\n" % (len(payload), payload))
 
     async def end(self) -> bool:
+        """End the stream as one does whose answer is whole."""
         await self._send(b"0\r\n\r\n")
         return True
 
     def drop(self, *, reset: bool) -> None:
+        """Break the connection off."""
         if reset:
             sock = self._writer.get_extra_info("socket")
             linger = struct.pack("ii", 1, 0)

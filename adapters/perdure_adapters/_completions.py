@@ -1,0 +1,115 @@
+"""Chat completions through the `openai` SDK: what `compatible` does, and `chatgpt` by choice."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from perdure.errors import InvalidRequest, PlatformError
+from perdure.events import Event
+from perdure_adapters._chat import ChatReader
+from perdure_adapters._openai import (
+    OpenAIEndpoint,
+    check_streams,
+    reading_errors,
+    sdk_errors,
+    typed_openai_error,
+)
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI, AsyncStream
+    from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+
+__all__ = ["Completions"]
+
+_END: Final = object()
+
+
+class Completions:
+    """Streams completions from one server, and remembers whether it can report usage."""
+
+    def __init__(self, endpoint: OpenAIEndpoint) -> None:
+        self._endpoint = endpoint
+        self._asks_for_usage = True
+
+    async def stream(
+        self,
+        client: AsyncOpenAI,
+        model: str,
+        messages: list[dict[str, Any]],
+        parameters: dict[str, Any],
+    ) -> AsyncGenerator[Event, None]:
+        """Yield what happens to one completion.
+
+        Raises:
+            PlatformError: It failed, or ended without a finish reason.
+        """
+        stream = await self._open(client, model, messages, parameters)
+        async with stream:
+            await check_streams(stream, self._endpoint)
+            reader = ChatReader(
+                stream.response.headers.get("x-request-id"),
+                None if self._asks_for_usage else "the server can't report usage in a stream",
+            )
+            while (chunk := await self._next(stream, reader)) is not _END:
+                for event in reader.feed(chunk):
+                    yield event
+        for event in reader.finish():
+            yield event
+
+    async def _open(
+        self,
+        client: AsyncOpenAI,
+        model: str,
+        messages: list[dict[str, Any]],
+        parameters: dict[str, Any],
+    ) -> AsyncStream[ChatCompletionChunk]:
+        """Return the opened stream, asking for usage unless the server doesn't know that."""
+        asked = self._asks_for_usage
+        try:
+            return await self._create(client, model, messages, parameters, usage=asked)
+        except InvalidRequest as error:
+            if not asked or not _is_about_usage(error):
+                raise
+        stream = await self._create(client, model, messages, parameters, usage=False)
+        self._asks_for_usage = False
+        return stream
+
+    async def _create(
+        self,
+        client: AsyncOpenAI,
+        model: str,
+        messages: list[dict[str, Any]],
+        parameters: dict[str, Any],
+        *,
+        usage: bool,
+    ) -> AsyncStream[ChatCompletionChunk]:
+        from openai import omit
+
+        try:
+            return await client.chat.completions.create(
+                model=model,
+                messages=cast("list[ChatCompletionMessageParam]", messages),
+                stream=True,
+                stream_options={"include_usage": True} if usage else omit,
+                extra_body=parameters,
+            )
+        except sdk_errors() as error:
+            raise typed_openai_error(error, self._endpoint) from error
+
+    async def _next(self, stream: AsyncStream[ChatCompletionChunk], reader: ChatReader) -> object:
+        """Return the next chunk, or `_END`."""
+        try:
+            return await anext(stream, _END)
+        except reading_errors() as error:
+            # After the end marker only the count of tokens can be missing. The answer is whole,
+            # and asking for it again would cost it again.
+            if reader.ended:
+                return _END
+            raise typed_openai_error(error, self._endpoint) from error
+
+
+def _is_about_usage(error: PlatformError) -> bool:
+    return error.status in (400, 422) and any(
+        word in error.message for word in ("stream_options", "include_usage")
+    )

@@ -1,0 +1,311 @@
+"""The Messages format: a stream of its events into ours, and a paused turn into its next request.
+
+Everything here is pure: it reads whatever object a server's event was made into, by name and with
+suspicion, and knows neither the SDK nor the wire.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, cast
+
+from perdure.errors import StreamTruncated
+from perdure.events import Accepted, Chunk, Completed, Event, UsageReported
+from perdure.task import Usage
+from perdure.text import check_json
+from perdure_adapters._sdk import typed_error
+from perdure_adapters._tools import ToolCallText
+
+__all__ = ["MessagesReader", "messages_usage"]
+
+_FINISH_REASONS: Final[Mapping[str, str]] = {
+    "end_turn": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    # It was sent again as often as it is: what there is stops short.
+    "pause_turn": "length",
+    "refusal": "content_filter",
+    "stop_sequence": "stop",
+    "tool_use": "tool_calls",
+}
+_PAUSED: Final = "pause_turn"
+
+
+def messages_usage(usage: Mapping[str, Any]) -> Usage:
+    """Return the tokens of one response, of which Anthropic counts the cached ones apart."""
+    plain = _count(usage, "input_tokens")
+    read = _count(usage, "cache_read_input_tokens")
+    written = _count(usage, "cache_creation_input_tokens")
+    details = usage.get("output_tokens_details")
+    return Usage(
+        input_tokens=None if plain is None else plain + (read or 0) + (written or 0),
+        output_tokens=_count(usage, "output_tokens"),
+        cache_read_tokens=read,
+        cache_write_tokens=written,
+        reasoning_tokens=_count(details, "thinking_tokens"),
+        raw=_storable(usage),
+    )
+
+
+class MessagesReader:
+    """Turns the events of one response into ours; `finish` decides whether it was an answer.
+
+    Args:
+        request_id: The platform's id of the request, from the response's headers.
+        before: The reader of the response that this one goes on with, after a pause.
+    """
+
+    def __init__(self, request_id: str | None = None, before: MessagesReader | None = None) -> None:
+        self._request_id = request_id
+        self._spent = before.usage if before is not None else None
+        self._again = before is not None
+        self._characters = 0
+        self._usage: dict[str, Any] = {}
+        self._stop_reason: str | None = None
+        self._container: str | None = None
+        self._blocks: dict[int, _Block] = {}
+        self._tools = ToolCallText()
+        self._calling: int | None = None
+        self.stopped = False
+        """Whether the platform's end marker has come."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether the platform has stopped in the middle and wants to be sent what it said."""
+        return self.stopped and self._stop_reason == _PAUSED
+
+    @property
+    def usage(self) -> Usage | None:
+        """The tokens so far, those of the responses before this one included."""
+        if not self._usage:
+            return self._spent
+        here = messages_usage(self._usage)
+        if self._spent is None:
+            return here
+        raws = [*_raws(self._spent.raw), *_raws(here.raw)]
+        return (self._spent + here).model_copy(update={"raw": {"responses": raws}})
+
+    def feed(self, event: object) -> Iterator[Event]:
+        """Yield what ``event`` says.
+
+        Raises:
+            PlatformError: It says that the platform failed.
+            StreamTruncated: It can't follow what came before.
+        """
+        match _text(event, "type"):
+            case "message_start":
+                yield from self._start(getattr(event, "message", None))
+            case "content_block_start":
+                yield from self._open(_index(event), getattr(event, "content_block", None))
+            case "content_block_delta":
+                yield from self._delta(_index(event), getattr(event, "delta", None))
+            case "content_block_stop":
+                yield from self._close(_index(event))
+            case "message_delta":
+                yield from self._message_delta(event)
+            case "message_stop":
+                self.stopped = True
+            case "error":  # where it came without its name, which the SDK looks at
+                self._fail(getattr(event, "error", None))
+            case _:  # a ping, or what is yet to be invented
+                return
+
+    def finish(self) -> Iterator[Event]:
+        """Yield what is left, `Completed` as the last.
+
+        Raises:
+            StreamTruncated: The stream ended without the platform's end marker.
+        """
+        if not self.stopped:
+            raise StreamTruncated(
+                f"the stream ended without a message_stop, after {self._characters} characters "
+                "of text",
+                request_id=self._request_id,
+            )
+        rest = self._tools.close()
+        if rest:
+            yield Chunk(text=rest, kind="tool_call")
+        reason = self._stop_reason
+        yield Completed(
+            finish_reason=_FINISH_REASONS.get(reason or "", "stop"),
+            platform_finish_reason=reason,
+            usage=self.usage,
+        )
+
+    def resumed(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the request that lets a paused turn go on: the same, and what was said, as it is.
+
+        Args:
+            body: The request that was paused.
+        """
+        said = [block.whole() for _, block in sorted(self._blocks.items())]
+        messages = [*body["messages"], {"role": "assistant", "content": said}]
+        more: dict[str, Any] = {"container": self._container} if self._container else {}
+        return {**body, **more, "messages": messages}
+
+    def _start(self, message: object) -> Iterator[Event]:
+        yield Accepted(
+            response_id=_text(message, "id") or None,
+            request_id=self._request_id,
+            model=_text(message, "model") or None,
+            note="the platform paused, and was sent what it had said to go on" * self._again
+            or None,
+        )
+        yield from self._count(getattr(message, "usage", None))
+
+    def _open(self, index: int, content: object) -> Iterator[Event]:
+        block = self._blocks[index] = _Block(_plain(content))
+        if block.type == "tool_use":
+            self._calling = index
+            begun = self._tools.begin(block.text("id"), block.text("name"))
+            yield Chunk(text=begun, kind="tool_call")
+        yield from self._said(block.type, block.text(block.type))
+
+    def _delta(self, index: int, delta: object) -> Iterator[Event]:
+        block = self._blocks.setdefault(index, _Block({"type": "text", "text": ""}))
+        match _text(delta, "type"):
+            case "text_delta":
+                yield from self._said("text", block.add("text", _text(delta, "text")))
+            case "thinking_delta":
+                yield from self._said("thinking", block.add("thinking", _text(delta, "thinking")))
+            case "signature_delta":
+                block.add("signature", _text(delta, "signature"))
+            case "citations_delta":
+                block.cite(_plain(getattr(delta, "citation", None)))
+            case "input_json_delta":
+                piece = _text(delta, "partial_json")
+                block.input += piece
+                if block.type == "tool_use":
+                    yield from self._arguments(index, piece)
+            case _:
+                return
+
+    def _close(self, index: int) -> Iterator[Event]:
+        block = self._blocks.get(index)
+        if block is None or index != self._calling:
+            return
+        given = block.plain.get("input")
+        if given and not block.input.strip():  # a server that sends the arguments in one piece
+            yield from self._arguments(index, json.dumps(given, ensure_ascii=False))
+        self._calling = None
+        yield Chunk(text=self._tools.close(), kind="tool_call")
+
+    def _said(self, type_: str, text: str) -> Iterator[Event]:
+        if not text:
+            return
+        if type_ == "text":
+            self._characters += len(text)
+            yield Chunk(text=text)
+        elif type_ == "thinking":
+            yield Chunk(text=text, kind="reasoning")
+
+    def _arguments(self, index: int, piece: str) -> Iterator[Event]:
+        if index != self._calling:
+            raise StreamTruncated(
+                "the platform sent arguments of a tool call that isn't open",
+                request_id=self._request_id,
+            )
+        text = self._tools.arguments(piece)
+        if text:
+            yield Chunk(text=text, kind="tool_call")
+
+    def _message_delta(self, event: object) -> Iterator[Event]:
+        delta = getattr(event, "delta", None)
+        self._stop_reason = _text(delta, "stop_reason") or self._stop_reason
+        self._container = _text(getattr(delta, "container", None), "id") or self._container
+        yield from self._count(getattr(event, "usage", None))
+
+    def _count(self, usage: object) -> Iterator[Event]:
+        """Take in what is said of tokens; counts are for the whole response so far."""
+        said = {name: value for name, value in _plain(usage).items() if value is not None}
+        if not said:
+            return
+        self._usage |= said
+        total = self.usage
+        if total is not None:
+            yield UsageReported(usage=total)
+
+    def _fail(self, error: object) -> None:
+        fault = _plain(error)
+        raise typed_error(
+            str(fault.get("message") or "the server reported an error"),
+            names=(str(fault.get("type")),),
+            request_id=self._request_id,
+        )
+
+
+class _Block:
+    """A block of content, as it comes and as it is sent back."""
+
+    def __init__(self, plain: dict[str, Any]) -> None:
+        self.plain = plain
+        self.input = ""
+
+    @property
+    def type(self) -> str:
+        return self.text("type")
+
+    def text(self, name: str) -> str:
+        value = self.plain.get(name)
+        return value if isinstance(value, str) else ""
+
+    def add(self, name: str, piece: str) -> str:
+        self.plain[name] = self.text(name) + piece
+        return piece
+
+    def cite(self, citation: dict[str, Any]) -> None:
+        self.plain["citations"] = [*(self.plain.get("citations") or ()), citation]
+
+    def whole(self) -> dict[str, Any]:
+        """Return the block with its arguments in place.
+
+        Raises:
+            StreamTruncated: They are no JSON.
+        """
+        if not self.input.strip():
+            return self.plain
+        try:
+            return {**self.plain, "input": json.loads(self.input)}
+        except ValueError as error:
+            raise StreamTruncated("the platform sent arguments that are no JSON") from error
+
+
+def _plain(value: object) -> dict[str, Any]:
+    """Return what was sent of an object: the fields, those that the SDK doesn't know too."""
+    if isinstance(value, Mapping):
+        return dict(cast("Mapping[str, Any]", value))
+    dump = getattr(value, "model_dump", None)
+    if dump is None:
+        return {}
+    return cast("dict[str, Any]", dump(mode="json", exclude_unset=True, warnings=False))
+
+
+def _count(holder: object, name: str) -> int | None:
+    if not isinstance(holder, Mapping):
+        return None
+    value = cast("Mapping[str, object]", holder).get(name)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _storable(usage: Mapping[str, Any]) -> dict[str, Any] | None:
+    try:
+        return cast("dict[str, Any]", check_json(dict(usage)))
+    except ValueError:  # a number no database takes: the counts are what matters
+        return None
+
+
+def _raws(raw: dict[str, Any] | None) -> list[Any]:
+    return [] if raw is None else list(raw.get("responses", [raw]))
+
+
+def _index(event: object) -> int:
+    index = getattr(event, "index", 0)
+    return index if isinstance(index, int) else 0
+
+
+def _text(holder: object, name: str) -> str:
+    value = getattr(holder, name, None)
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,48 @@
+"""Reading what a server sent, by name and with suspicion: anything may be missing, or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from perdure.text import check_json
+
+__all__ = ["count_in", "list_in", "raw_form", "text_in", "value_in"]
+
+
+def value_in(holder: object, name: str) -> object:
+    """Return what an object, or a mapping where the SDK made no object of it, has of that name."""
+    if isinstance(holder, Mapping):
+        return cast("Mapping[str, object]", holder).get(name)
+    return getattr(holder, name, None)
+
+
+def text_in(holder: object, name: str) -> str:
+    """Return a text; empty where it is none."""
+    value = value_in(holder, name)
+    return value if isinstance(value, str) else ""
+
+
+def list_in(holder: object, name: str) -> list[object]:
+    """Return a list; empty where it is none."""
+    value = value_in(holder, name)
+    return cast("list[object]", value) if isinstance(value, list) else []
+
+
+def count_in(holder: object, name: str) -> int | None:
+    """Return a whole number from 0 on; None where it is none."""
+    value = value_in(holder, name)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def raw_form(usage: object) -> dict[str, Any] | None:
+    """Return the tokens in the server's own words; None where they can't be stored."""
+    dump = getattr(usage, "model_dump", None)
+    if dump is None:
+        return None
+    try:
+        return cast("dict[str, Any]", check_json(dump(exclude_unset=True, warnings=False)))
+    except ValueError:  # a number no database takes: the counts are what matters
+        return None
