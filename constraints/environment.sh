@@ -62,7 +62,7 @@ environment() {
         ;;
     test)
         enough=test
-        set -- test --editable "$root[compatible]" --group "$root/pyproject.toml:test"
+        set -- test --editable "$root[all]" --group "$root/pyproject.toml:test"
         ;;
     esac
     for purpose in $enough; do

@@ -250,6 +250,10 @@ def test_a_row_may_say_all_that_a_task_can() -> None:
             "system": "s",
             "max_tokens": 5,
             "constraints": {"temperature": 0.5, "recovery": "fail"},
+            "stop_sequences": ["END"],
+            "reasoning_effort": "low",
+            "output_schema": {"type": "object"},
+            "tools": [{"name": "look_up"}],
             "timeout_seconds": "9",
             "max_attempts": 2,
             "priority": 1,
@@ -273,7 +277,11 @@ def test_a_row_may_say_all_that_a_task_can() -> None:
         "model": "m-1",
         "max_attempts": 2,
         "recovery": "fail",
+        "stop_sequences": ["END"],
+        "reasoning_effort": "low",
     }
+    assert task.output_schema == {"type": "object"}
+    assert [tool.name for tool in task.tools] == ["look_up"]
     assert task.labels == {"team": "docs", "size": "3", "customer": "12"}
     assert (task.priority, task.type, task.system) == (1, "testing", "s")
     assert (task.context, task.metadata) == ({"manual": "…"}, {"any": [1]})
@@ -320,7 +328,9 @@ def test_defaults_hold_where_a_row_says_nothing() -> None:
         ({"id": True, "prompt": "a"}, "id: must be text"),
         ({"id": "", "prompt": "a"}, "id: must not be empty"),
         ({"id": "x" * 300, "prompt": "a"}, "id: is longer"),
+        ({"id": "a\x00b", "prompt": "a"}, "id: contains a NUL"),
         ({"prompt": "\ud800"}, "no Unicode"),
+        ({"prompt": "a", "continue_from": "demo_1"}, "continue_from: a row can't"),
     ],
 )
 def test_a_row_that_makes_no_sense_says_why(given_fields: dict[str, Any], problem: str) -> None:
@@ -528,6 +538,17 @@ async def test_bad_rows_never_stop_the_good_ones(engine: Engine) -> None:
     assert (counts.rows, counts.new, counts.bad) == (4, 2, 2)
     assert [one.line for one in taken if one.problem] == [2, 3]
     assert "did you mean 'demo'" in (taken[2].problem or "")
+
+
+async def test_an_id_that_can_not_be_one_is_told_all_the_same(engine: Engine) -> None:
+    """Cut and escaped, so that it can be written down; the row after it is run."""
+    ids = ["x" * 100_000, "a\ud800", "a\x00b", "good"]
+    counts, taken = await take(engine, [{"id": one, "prompt": "a"} for one in ids])
+    assert (counts.new, counts.bad) == (1, 3)
+    assert [one.id for one in taken] == ["x" * 40 + "…", "a\\ud800", "a\x00b", "good"]
+    with Ledger() as ledger:
+        ledger.add(taken)
+        assert list(ledger) == taken
 
 
 async def test_only_what_ended_badly_is_run_again(engine: Engine) -> None:

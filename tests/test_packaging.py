@@ -195,7 +195,7 @@ def test_console_script_is_declared() -> None:
 def test_platforms_are_declared_under_their_own_names() -> None:
     """The built-in platforms are found the way those of third parties are."""
     found = {e.name: e.load() for e in entry_points(group="perdure.platforms")}
-    assert {"compatible", "demo"} <= set(found)
+    assert {"claude", "claude_code", "compatible", "demo"} <= set(found)
     assert {name: adapter.platform for name, adapter in found.items()} == {n: n for n in found}
 
 

@@ -16,6 +16,7 @@ The rules, held by `perdure.testing.AdapterContract`:
 * Errors are raised, as a `PlatformError`; retrying is the engine's, so SDK retries are off.
 * Cancelling the task that iterates closes the connection; `CancelledError` is never swallowed.
 * With `call.resume` of mode `reattach` the very same response goes on after `call.resume.cursor`.
+  An error that ends that response says so (`response_over`), or it would be picked up again.
 """
 
 from __future__ import annotations
@@ -69,16 +70,18 @@ class Resume:
 
     Attributes:
         mode: `reattach` to the response ``response_id`` after ``cursor``; `continue` from the
-            partial output with a new call.
-        output: The text so far.
+            partial output with a new call; `repair` an answer that is not what was asked for.
+        output: The text so far, or the answer to be repaired.
+        problem: What is wrong with that answer.
         response_id: The platform's name of the interrupted response.
         cursor: Where its stream goes on.
     """
 
-    mode: Literal["reattach", "continue"]
+    mode: Literal["reattach", "continue", "repair"]
     output: str = field(default="", repr=False)
     response_id: str | None = None
     cursor: str | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

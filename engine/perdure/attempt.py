@@ -1,20 +1,19 @@
 """One attempt at one task: what the adapter yields goes into the log, until one thing ends it.
 
-A task of its own reads the adapter (`_read`), another writes what has gathered (`_write_gathered`):
-the first piece at once, then at most one chunk per interval, never one row per token. The ending
-takes what is left with it, in one append. Every append names the version it follows, so an attempt
-that has lost its task finds out, and writes nothing more.
+A task of its own reads the adapter (`_read`); where an answer takes its time, another writes what
+has gathered (`_write_gathered`): the first piece at once, then at most one chunk per interval,
+never one row per token. The ending takes what is left with it, in one append. Every append names
+the version it follows, so an attempt that has lost its task finds out, and writes nothing more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
@@ -24,6 +23,7 @@ from perdure.errors import (
     ConcurrencyError,
     EngineClosed,
     FinalError,
+    OutputInvalid,
     PlatformError,
     StoreError,
     StreamTruncated,
@@ -31,9 +31,9 @@ from perdure.errors import (
 )
 from perdure.events import (
     Accepted,
+    AttemptFailed,
     CancelRequested,
     Chunk,
-    ChunkKind,
     Completed,
     Event,
     FileCreated,
@@ -42,14 +42,16 @@ from perdure.events import (
     UsageReported,
     encode,
 )
+from perdure.gathering import Gathering
 from perdure.lifecycle import TaskState
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption, cancelled
 from perdure.pricing import price
 from perdure.store.claims import Claimed
 from perdure.store.log import EventLog
 from perdure.store.transaction import Transaction
+from perdure.structured import parse_output
 from perdure.task import TaskStatus, Usage
-from perdure.text import check_json, clean_text
+from perdure.text import check_json
 
 __all__ = ["Attempt", "Stop", "Timing"]
 
@@ -80,30 +82,6 @@ class Timing:
     usage_interval: float = 1.0
     buffer_characters: int = 256 * 1024
     closing_seconds: float = 5.0
-
-
-@dataclass(slots=True)
-class _Run:
-    kind: ChunkKind
-    texts: list[str] = field(default_factory=list[str])
-
-
-@dataclass(slots=True)
-class _Gathered:
-    """What isn't in the log yet, in order; pieces of one kind in a row become one chunk."""
-
-    parts: list[_Run | Event] = field(default_factory=list["_Run | Event"])
-    cursor: str | None = None
-    characters: int = 0
-
-    def add(self, chunk: Chunk) -> None:
-        last = self.parts[-1] if self.parts else None
-        if not isinstance(last, _Run) or last.kind != chunk.kind:
-            last = _Run(chunk.kind)
-            self.parts.append(last)
-        last.texts.append(chunk.text)
-        self.characters += len(chunk.text)
-        self.cursor = chunk.cursor or self.cursor
 
 
 class Attempt:
@@ -142,17 +120,25 @@ class Attempt:
         self._since = since
         self._state = claimed.state
         self._started_at = datetime.now(UTC)
-        self._lengths: dict[ChunkKind, int] = dict(claimed.state.lengths)
-        self._output_hash = hashlib.sha256(claimed.output.encode())
-        self._gathered = _Gathered()
+        self._gathered = Gathering(
+            claimed.state.lengths,
+            claimed.output if claimed.state.length() else "",
+            keep=call.task.output_schema is not None,
+        )
         self._usage: Usage | None = claimed.state.usage
         self._usage_written = claimed.state.usage
         self._usage_at = 0.0
         self._appending = asyncio.Lock()
         self._news = asyncio.Event()
         self._room = asyncio.Event()
-        self._stream: AsyncGenerator[Event, None] | None = None
-        self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        # Done as soon as there is a reason to end: the platform's end or error, a stop, the time.
+        self._turn: asyncio.Future[None] = self._loop.create_future()
+        self._why: Stop | None = None
+        self._end_event: Completed | None = None
+        self._error: BaseException | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[None] | None = None
         self._over = False  # nothing more may be written: it was lost, has ended, or the log broke
         self._closing = False
         self._accepted = claimed.state.accepted
@@ -160,8 +146,13 @@ class Attempt:
 
     def stop(self, why: Stop) -> None:
         """Ask the attempt to end; the first reason counts."""
-        if not self._stop.done():
-            self._stop.set_result(why)
+        if self._why is None and not self._turn.done():
+            self._why = why
+        self._turn_to_the_end()
+
+    def _turn_to_the_end(self) -> None:
+        if not self._turn.done():
+            self._turn.set_result(None)
 
     async def run(self) -> None:
         """Carry the attempt through to the event that ends it.
@@ -170,21 +161,18 @@ class Attempt:
             StoreError: The log can't be written; the task stays as it is there, to be recovered.
         """
         deaf = self._log.feed.listen(self.task_id, self._notice, since=self._since)
-        reading = asyncio.create_task(self._read())
-        if self._stop.done():
-            reading.cancel()  # before it began: the platform isn't even asked
-        writing = asyncio.create_task(self._write_gathered())
+        limit = self._call.task.limits.timeout_seconds
+        timer = self._loop.call_later(limit, self._turn_to_the_end)
+        if not self._turn.done():  # else it ends before it began: the platform isn't even asked
+            self._reading = self._loop.create_task(self._read())
         try:
-            await asyncio.wait(
-                (reading, self._stop),
-                timeout=self._call.task.limits.timeout_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            await self._finish(reading)
+            await self._turn
+            await self._finish()
         finally:
+            timer.cancel()
             deaf()
-            await self._close_quietly(reading)
-            await self._stop_writing(writing)
+            await self._close_quietly()
+            await self._stop_writing()
         if self._failure is not None:
             raise self._failure
 
@@ -201,35 +189,49 @@ class Attempt:
             self._over = True
             self.stop(Stop.LOST)
 
-    async def _read(self) -> Completed:
-        self._stream = self._adapter.run(self._call)
-        async for event in self._stream:
+    async def _read(self) -> None:
+        """Read the adapter's stream to its end, and close it; what it came to is noted."""
+        stream: AsyncGenerator[Event, None] | None = None
+        try:
+            stream = self._adapter.run(self._call)
+            self._end_event = await self._read_events(stream)
+        except (KeyboardInterrupt, SystemExit):
+            raise  # they end the event loop
+        except BaseException as error:  # noqa: BLE001 - `_finish` sorts them
+            self._error = error
+        finally:
+            self._turn_to_the_end()
+            if stream is not None:
+                with contextlib.suppress(Exception):
+                    await stream.aclose()
+
+    async def _read_events(self, stream: AsyncGenerator[Event, None]) -> Completed:
+        async for event in stream:
             if self._closing and not isinstance(event, Completed):
                 raise asyncio.CancelledError  # the adapter swallowed the one before
             _check_storable(event)
             match event:
                 case Chunk():
-                    if not event.text:
-                        self._gathered.cursor = event.cursor or self._gathered.cursor
-                        continue
                     self._gathered.add(event)
-                    self._news.set()
+                    if not event.text:
+                        continue
+                    self._note_news()
                     if self._gathered.characters > self._timing.buffer_characters:
                         self._room.clear()
                         await self._room.wait()
                 case UsageReported():
                     self._usage = event.usage
-                    self._news.set()
+                    self._note_news()
                 case Accepted():
                     self._accepted = event
                     if event.reattachable:  # what a crash must not lose is written before going on
-                        await self._append(event)
+                        await _uninterrupted(asyncio.ensure_future(self._append(event)))
                     else:
-                        self._gathered.parts.append(event)
-                        self._news.set()
+                        self._gathered.add(event)
+                        self._note_news()
                 case FileCreated():
-                    self._gathered.parts.append(event)
-                    self._news.set()
+                    self._gathered.add(event)
+                    self._note_news()
                 case Completed():
                     return event
                 case _:
@@ -237,6 +239,19 @@ class Attempt:
                         f"the adapter yielded {event.type!r}, which is not its to write"
                     )
         raise StreamTruncated("the stream ended without the platform's end marker")
+
+    def _note_news(self) -> None:
+        """See to it that what has gathered is written, unless the end takes it along."""
+        if self._writing is not None:
+            self._news.set()
+        elif not self._news.is_set():
+            self._news.set()
+            self._loop.call_soon(self._begin_writing)
+
+    def _begin_writing(self) -> None:
+        # An answer that was there as a whole goes into the log as a whole, with its ending.
+        if self._writing is None and not self._turn.done():
+            self._writing = self._loop.create_task(self._write_gathered())
 
     # -- what goes out ---------------------------------------------------------------------------
 
@@ -258,24 +273,22 @@ class Attempt:
 
     async def _append_decided(
         self, decide: Callable[[TaskState], Sequence[Event]], *, ending: bool = False
-    ) -> None:
+    ) -> bool:
         """Write what has gathered, then what ``decide`` says, in one append.
 
-        Where somebody else wrote first, it is decided again on what there is now. Not interrupted
-        by a cancellation: what was taken is written, or it would be missing in the middle.
-        """
-        await _uninterrupted(asyncio.ensure_future(self._append_now(decide, ending)))
+        Returns whether it was written: it isn't where the task is no longer ours.
 
-    async def _append_now(
-        self, decide: Callable[[TaskState], Sequence[Event]], ending: bool
-    ) -> None:
+        Where somebody else wrote first, it is decided again on what there is now. Whoever may be
+        cancelled meanwhile has to shield it: what was taken must be written, or it would be missing
+        in the middle.
+        """
         async with self._appending:
             gathered = self._take(ending)
             try:
                 while not self._over:
                     events = (*gathered, *decide(self._state))
                     if not events:
-                        return
+                        return True
                     try:
                         version = await self._log.append(self.task_id, events, self._state.version)
                     except ConcurrencyError:
@@ -284,27 +297,14 @@ class Attempt:
                     self._state = self._state._replace(version=version)
                     self._over = self._over or ending
                     self._room.set()
-                    return
+                    return True
             except (StoreError, EngineClosed):
                 self._over = True  # what was taken is lost, so nothing may follow it
                 raise
+            return False
 
     def _take(self, ending: bool) -> list[Event]:
-        gathered, self._gathered = self._gathered, _Gathered()
-        events: list[Event] = []
-        # The cursor goes with the last piece of output: after it the platform's stream goes on.
-        last = next((part for part in reversed(gathered.parts) if isinstance(part, _Run)), None)
-        for part in gathered.parts:
-            if isinstance(part, Event):
-                events.append(part)
-                continue
-            text = clean_text("".join(part.texts))
-            offset = self._lengths.get(part.kind, 0)
-            self._lengths[part.kind] = offset + len(text)
-            if part.kind == "text":
-                self._output_hash.update(text.encode())
-            cursor = gathered.cursor if part is last else None
-            events.append(Chunk(text=text, kind=part.kind, offset=offset, cursor=cursor))
+        events = self._gathered.take()
         if self._usage is not None and not ending and self._usage_due():
             events.append(UsageReported(usage=self._usage))
         return events
@@ -344,24 +344,28 @@ class Attempt:
 
     # -- the ending ------------------------------------------------------------------------------
 
-    async def _finish(self, reading: asyncio.Task[Completed]) -> None:
-        why = self._stop.result() if self._stop.done() else None
-        if reading.done() and (why is None or not reading.cancelled()):
-            # The platform's end was there first: a cancellation that comes now is too late.
-            await self._conclude(reading)
-            return
-        await self._close_quietly(reading)
-        if reading.done() and not reading.cancelled() and reading.exception() is None:
-            await self._conclude(reading)  # it ended while it was being closed
-        elif why is None:
-            await self._stop_platform()
+    async def _finish(self) -> None:
+        if not self._concluded:  # else the platform was first: whatever comes now is too late
+            await self._close_quietly()
+        if self._concluded:
+            await self._conclude()
+        elif self._why is None:
             limit = self._call.task.limits.timeout_seconds
             await self._fail(TimeLimitExceeded(f"the time limit of {limit:g} s was reached"))
-        elif why is Stop.CANCEL:
+        elif self._why is Stop.CANCEL:
             await self._stop_platform()
-            await self._end(lambda state: (cancelled(state, self._spent(), self._length()),))
-        elif why is Stop.HAND_BACK:
+            await self._end(
+                lambda state: (cancelled(state, self._spent(), self._gathered.length()),)
+            )
+        elif self._why is Stop.HAND_BACK:
             await self._hand_back()
+
+    @property
+    def _concluded(self) -> bool:
+        """Whether the platform has come to an end by itself, also while it was being closed."""
+        if self._end_event is not None:
+            return True
+        return self._error is not None and not self._closing
 
     async def _hand_back(self) -> None:
         constraints = self._call.task.limits.model_dump(mode="json")
@@ -390,17 +394,40 @@ class Attempt:
                 "%s: %r could not be stopped: %s", self.task_id, accepted.response_id, error
             )
 
-    async def _conclude(self, reading: asyncio.Task[Completed]) -> None:
-        error = asyncio.CancelledError() if reading.cancelled() else reading.exception()
-        if error is None:
-            await self._complete(reading.result())
+    async def _conclude(self) -> None:
+        end, error = self._end_event, self._error
+        if end is not None:
+            try:
+                self._check_answer(end)
+            except PlatformError as invalid:
+                self._usage = end.usage or self._usage
+                invalid.response_over = True  # the platform is done with it
+                await self._fail(invalid)
+            else:
+                await self._complete(end)
         elif isinstance(error, PlatformError):
             await self._fail(error)
         elif isinstance(error, (StoreError, EngineClosed)):
             self._failure = error
-        else:
+        elif error is not None:
             _log.error("the adapter %r failed", self._adapter.platform, exc_info=error)
             await self._fail(_AdapterFault(error))
+
+    def _check_answer(self, end: Completed) -> None:
+        """Raise `OutputInvalid` where the task has a schema that the answer doesn't satisfy.
+
+        What ended for another reason than being done is no answer to be checked, but for one that
+        was cut off: it is never valid, though it may be JSON by accident.
+        """
+        schema = self._call.task.output_schema
+        if schema is None:
+            return
+        if end.finish_reason == "length":
+            raise OutputInvalid(
+                "the output was cut off at the most tokens allowed: raise max_tokens"
+            )
+        if end.finish_reason == "stop":
+            parse_output(self._gathered.text(), schema)
 
     async def _complete(self, end: Completed) -> None:
         self._usage = end.usage or self._usage
@@ -413,8 +440,8 @@ class Attempt:
                         "usage": spent.usage,
                         "cost_usd": spent.cost_usd,
                         "price_version": spent.price_version,
-                        "output_length": self._length(),
-                        "output_digest": self._output_hash.hexdigest(),
+                        "output_length": self._gathered.length(),
+                        "output_digest": self._gathered.digest(),
                     }
                 ),
             )
@@ -423,36 +450,39 @@ class Attempt:
 
     async def _fail(self, error: PlatformError) -> None:
         spent = self._spent()
+        picked_up = False
 
         def failed(state: TaskState) -> Sequence[Event]:
+            nonlocal picked_up
             if state.cancel is not None:  # what was asked for is the end, and here it is
-                return (cancelled(state, spent, self._length()),)
-            return (
-                after_failure(
-                    state,
-                    error,
-                    max_attempts=self._call.task.limits.max_attempts,
-                    policy=self._retry,
-                    now=datetime.now(UTC),
-                    chance=self._chance,
-                    spent=spent,
-                    output_length=self._length(),
-                ),
+                return (cancelled(state, spent, self._gathered.length()),)
+            event = after_failure(
+                state._replace(accepted=self._accepted),
+                error,
+                max_attempts=self._call.task.limits.max_attempts,
+                policy=self._retry,
+                now=datetime.now(UTC),
+                chance=self._chance,
+                spent=spent,
+                output_length=self._gathered.length(),
             )
+            picked_up = isinstance(event, AttemptFailed) and event.next == "reattach"
+            return (event,)
 
-        await self._end(failed)
+        written = await self._end(failed)
+        # Nobody will ever ask for what it goes on with, unless the task has another owner now.
+        if written and not picked_up and not error.response_over:
+            await self._stop_platform()
 
-    async def _end(self, decide: Callable[[TaskState], Sequence[Event]]) -> None:
-        await self._guard(self._append_decided(decide, ending=True))
+    async def _end(self, decide: Callable[[TaskState], Sequence[Event]]) -> bool:
+        return bool(await self._guard(self._append_decided(decide, ending=True)))
 
-    async def _guard(self, writing: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, writing: Coroutine[Any, Any, bool | None]) -> bool | None:
         try:
-            await writing
+            return await writing
         except (StoreError, EngineClosed) as error:
             self._failure = error
-
-    def _length(self) -> int:
-        return self._lengths.get("text", 0)
+            return None
 
     def _spent(self) -> Spent:
         named = self._accepted.model if self._accepted is not None else None
@@ -462,23 +492,25 @@ class Attempt:
 
     # -- closing ---------------------------------------------------------------------------------
 
-    async def _close_quietly(self, reading: asyncio.Task[Completed]) -> None:
+    async def _close_quietly(self) -> None:
         """Stop reading and close the stream; an adapter that won't is left behind, and named."""
-        if not reading.done():
+        reading = self._reading
+        if reading is None or reading.done():
+            return
+        over = self._end_event is not None or self._error is not None
+        if not over:
             self._closing = True
             reading.cancel()
-            done, _pending = await asyncio.wait({reading}, timeout=self._timing.closing_seconds)
-            if not done:
-                _log.error("the adapter %r does not let itself be stopped", self._adapter.platform)
-                return
-        if self._stream is not None:
-            closing = asyncio.create_task(_aclose(self._stream))
-            await asyncio.wait({closing}, timeout=self._timing.closing_seconds)
-            if not closing.done():
-                _log.error("the adapter %r does not end its stream", self._adapter.platform)
-                closing.cancel()
+        done, _pending = await asyncio.wait({reading}, timeout=self._timing.closing_seconds)
+        if not done:
+            what = "end its stream" if over else "let itself be stopped"
+            _log.error("the adapter %r does not %s", self._adapter.platform, what)
+            reading.cancel()
 
-    async def _stop_writing(self, writing: asyncio.Task[None]) -> None:
+    async def _stop_writing(self) -> None:
+        writing = self._writing
+        if writing is None:
+            return
         async with self._appending:  # what is being written is written to its end
             writing.cancel()
         await asyncio.wait({writing})
@@ -506,11 +538,6 @@ class _AdapterFault(FinalError):
 
 
 _AdapterFault.__name__ = "AdapterFault"
-
-
-async def _aclose(stream: AsyncGenerator[Event, None]) -> None:
-    with contextlib.suppress(Exception):
-        await stream.aclose()
 
 
 async def _uninterrupted(work: asyncio.Future[Any]) -> Any:  # noqa: ANN401

@@ -6,21 +6,25 @@ import asyncio
 import getpass
 import os
 import socket
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from perdure.adapter import Adapter
 from perdure.attempt import Stop
+from perdure.config import load_config
+from perdure.conversation import go_on
 from perdure.errors import (
     InvalidTask,
     InvalidTransition,
+    OutputInvalid,
     PerdureError,
     RunningLoop,
     TaskNotFound,
 )
 from perdure.events import Cancelled, CancelRequested, Chunk, RecordedEvent, Running
+from perdure.lifecycle import TaskState
 from perdure.platforms import Platforms
 from perdure.store.claims import Scope
 from perdure.store.database import Database
@@ -28,16 +32,15 @@ from perdure.store.log import EventLog
 from perdure.store.maintenance import redact
 from perdure.store.readonly import default_database
 from perdure.store.records import (
+    Records,
     TaskFilter,
     TaskRecord,
-    find_status,
-    find_task,
     find_tasks,
     read_events,
-    read_task,
 )
 from perdure.store.transaction import Transaction
 from perdure.streaming import TextChunk
+from perdure.structured import parse_output
 from perdure.submission import Prepared, Submission, prepare, submit
 from perdure.task import Result, Task, TaskStatus
 from perdure.worker import Worker, WorkerSettings
@@ -83,6 +86,7 @@ class Engine:
         self.platforms = platforms
         self.log = EventLog(database)
         self.worker = Worker(database, self.log, platforms, scope=scope, settings=settings)
+        self._records = Records(database)
         self._run = run
         self._create = create
         self._default_platform = default_platform
@@ -104,19 +108,30 @@ class Engine:
         """Return an engine on a database, to be entered with ``async with``.
 
         Args:
-            url: A file's path or `sqlite:///FILE`; default: `PERDURE_DB`, or one per user.
-            adapters: Exactly these platforms; None takes the ones that are installed.
+            url: A file's path or `sqlite:///FILE`; default: `PERDURE_DB`, or what `perdure.toml`
+                says, or one per user.
+            adapters: Exactly these platforms; None takes the ones that are installed, with the
+                settings of `perdure.toml`.
             run: Run tasks in the background. Without it tasks are only submitted, read, cancelled.
             create: Create the database when it isn't there.
             scope: Which tasks to run; default: all of the platforms at hand.
             settings: How they are run.
-            default_platform: For tasks that name none; default: the only or first of ``adapters``.
+            default_platform: For tasks that name none; default: the only or first of
+                ``adapters``, or what `perdure.toml` says.
+
+        Raises:
+            InvalidConfig: `perdure.toml` can't be read.
         """
-        if default_platform is None and adapters:
+        settings_of: Mapping[str, Mapping[str, Any]] = {}
+        if adapters is None:
+            config = load_config()
+            settings_of = config.platforms
+            default_platform = default_platform or config.platform
+        elif default_platform is None and adapters:
             default_platform = adapters[0].platform
         engine = cls(
             Database(url if url is not None else default_database()),
-            Platforms(adapters),
+            Platforms(adapters, settings_of),
             run=run,
             create=create,
             scope=scope,
@@ -198,8 +213,12 @@ class Engine:
         """
         outcomes: list[Submission | PerdureError | None] = []
         ready: list[Prepared] = []
-        for task in tasks:
+        for given in tasks:
+            task = given
             try:
+                # One that is run again was given its conversation the first time.
+                if task.continue_from is not None and task.retry_of is None:
+                    task = await self._continued(task, task.continue_from)
                 # Only files make it slow; a thread for every task would cost more than it saves.
                 make = (
                     prepare(task, self.platforms, self._default_platform)
@@ -226,9 +245,16 @@ class Engine:
                 self.worker.add_to_scope(outcome.task_id)
         return done
 
+    async def _continued(self, task: Task, earlier: str) -> Task:
+        try:
+            before = await self.get_task(earlier)
+            return go_on(task, before, await self._records.task(earlier))
+        except TaskNotFound:
+            raise InvalidTask(f"continue_from: there is no task {earlier!r}") from None
+
     async def get_status(self, task_id: str) -> TaskStatus:
         """Return where a task stands; `TaskStatus.UNKNOWN` where there is no such task."""
-        return await find_status(self.database, task_id)
+        return await self._records.status(task_id)
 
     async def get_result(self, task_id: str, timeout: float | None = None) -> Result:
         """Wait for the end of a task and return what came out of it.
@@ -241,13 +267,13 @@ class Engine:
             TaskNotFound: There is no such task.
             TimeoutError: It hasn't ended in that time.
         """
-        record = await self.get_task(task_id)
-        if not record.status.ended:
-            async with asyncio.timeout(timeout):
-                async for _event in self.log.feed.follow(task_id):
-                    pass
+        with self.log.feed.ending(task_id) as ended:
             record = await self.get_task(task_id)
-        return make_result(record, await read_task(self.database, task_id))
+            if not record.status.ended:
+                async with asyncio.timeout(timeout):
+                    await ended
+                record = await self.get_task(task_id)
+        return make_result(record, await self._records.task(task_id))
 
     async def stream_result(
         self, task_id: str, from_version: int = 0
@@ -284,7 +310,7 @@ class Engine:
         Raises:
             TaskNotFound: There is no such task.
         """
-        if await find_status(self.database, task_id) is TaskStatus.UNKNOWN:
+        if await self._records.status(task_id) is TaskStatus.UNKNOWN:
             raise TaskNotFound(task_id)
         async for recorded in self.log.feed.follow(task_id, from_version):
             yield recorded
@@ -300,11 +326,13 @@ class Engine:
             nothing is written, when it had ended, was being cancelled already, or doesn't exist.
         """
         by = by or whoami()
+        left: list[tuple[str, str]] = []
 
         def cancel(tx: Transaction) -> bool:
             fold = tx.fold(task_id)
             if fold is None:
                 return False
+            left[:] = _left_running(fold.state)
             pending = fold.state.status is TaskStatus.PENDING
             event = (
                 Cancelled(by=by, reason=reason, output_length=fold.state.length())
@@ -317,7 +345,11 @@ class Engine:
                 return False
             return True
 
-        return await self.log.write(cancel, (task_id,))
+        cancelled = await self.log.write(cancel, (task_id,))
+        if cancelled:
+            for platform, response_id in left:
+                await self.platforms.stop(platform, response_id)
+        return cancelled
 
     # -- looking things up -----------------------------------------------------------------------
 
@@ -327,7 +359,7 @@ class Engine:
         Raises:
             TaskNotFound: There is no such task.
         """
-        record = await find_task(self.database, task_id)
+        record = await self._records.find(task_id)
         if record is None:
             raise TaskNotFound(task_id)
         return record
@@ -355,7 +387,7 @@ class Engine:
         Raises:
             TaskNotFound: There is no such task.
         """
-        return await read_task(self.database, task_id)
+        return await self._records.task(task_id)
 
     # -- once more, and no more ------------------------------------------------------------------
 
@@ -373,7 +405,7 @@ class Engine:
             raise InvalidTask(f"{task_id} is {record.status}: only ended tasks can be run again")
         if record.prompt is None:
             raise InvalidTask(f"{task_id} was redacted: there is nothing left to run again")
-        task = await read_task(self.database, task_id)
+        task = await self._records.task(task_id)
         again = task.model_copy(
             update={
                 "task_id": None,
@@ -445,7 +477,26 @@ def make_result(record: TaskRecord, task: Task) -> Result:
         finish_reason=record.finish_reason,
         model=record.model,
         attempts=record.attempts,
+        parsed=_parsed(record, task),
+        tool_calls=record.tool_calls,
     )
+
+
+def _parsed(record: TaskRecord, task: Task) -> Any:  # noqa: ANN401 - any JSON value
+    if task.output_schema is None or record.output is None:
+        return None
+    try:
+        return parse_output(record.output, task.output_schema)
+    except OutputInvalid:  # it ended for another reason than being done, such as a refusal
+        return None
+
+
+def _left_running(state: TaskState) -> list[tuple[str, str]]:
+    """Return platform and response of a call that goes on while nobody listens, if there is one."""
+    if state.status is not TaskStatus.PENDING or state.next_mode != "reattach":
+        return []
+    response_id = state.accepted.response_id if state.accepted is not None else None
+    return [(state.platform, response_id)] if response_id is not None else []
 
 
 def execute(

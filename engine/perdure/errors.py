@@ -4,6 +4,7 @@
 
     PerdureError
     ├── InvalidTask              a task, row or option that can't be accepted as it is
+    ├── InvalidConfig            `perdure.toml` can't be read, or says what perdure doesn't know
     ├── TaskNotFound             no such task in this database
     ├── UnknownPlatform          no adapter of that name is installed
     ├── EngineClosed             the engine was closed while it was asked for something
@@ -28,6 +29,7 @@
             ├── QuotaExhausted
             ├── ContentRefused
             ├── NotConfigured
+            ├── OutputInvalid       the answer does not satisfy the task's ``output_schema``
             └── TimeLimitExceeded   the task's own ``timeout_seconds`` ran out
 
 Messages are one line each and say what happened, to what, and what to do about it.
@@ -50,10 +52,12 @@ __all__ = [
     "DuplicateKey",
     "EngineClosed",
     "FinalError",
+    "InvalidConfig",
     "InvalidRequest",
     "InvalidTask",
     "InvalidTransition",
     "NotConfigured",
+    "OutputInvalid",
     "Overloaded",
     "PerdureError",
     "PlatformError",
@@ -86,6 +90,10 @@ def _revive(kind: type[PerdureError], args: tuple[Any, ...], state: dict[str, An
 
 class InvalidTask(PerdureError):
     """A task, a row or an option can't be accepted as it is; the message names the field."""
+
+
+class InvalidConfig(PerdureError):
+    """`perdure.toml` can't be read, or says what perdure doesn't know."""
 
 
 class TaskNotFound(PerdureError):
@@ -169,6 +177,8 @@ class PlatformError(PerdureError):
         request_id: The platform's id of the request, where it gave one.
         retry_after: Seconds the platform asked to wait, where it did.
         retryable: Whether trying the same thing again can help.
+        response_over: Whether the platform's response has itself ended with this error, so that
+            picking it up again would only bring the error again.
     """
 
     retryable: bool = False
@@ -180,12 +190,14 @@ class PlatformError(PerdureError):
         status: int | None = None,
         request_id: str | None = None,
         retry_after: float | None = None,
+        response_over: bool = False,
     ) -> None:
         self.message = clean_text(" ".join(message.split()))
         super().__init__(self.message)
         self.status = status
         self.request_id = request_id
         self.retry_after = retry_after
+        self.response_over = response_over
 
 
 class RetryableError(PlatformError):
@@ -236,6 +248,10 @@ class ContentRefused(FinalError):
 
 class NotConfigured(FinalError):
     """The adapter lacks something on this machine: its SDK, a key, a base URL."""
+
+
+class OutputInvalid(FinalError):
+    """The answer does not satisfy the task's ``output_schema``, its repair included."""
 
 
 class TimeLimitExceeded(FinalError):

@@ -151,7 +151,9 @@ class AttemptFailed(Event):
     retryable: bool
     retry_after: float | None = None
     """Seconds the platform asked to wait."""
-    next: Literal["retry", "fallback"]
+    next: Literal["retry", "fallback", "reattach", "repair"]
+    """`retry`: asked anew. `fallback`: the next platform is. `reattach`: the very same response is
+    picked up where it was. `repair`: the answer is handed back with what is wrong with it."""
     retry_at: datetime
     usage: Usage | None = None
     cost_usd: float | None = None

@@ -7,10 +7,11 @@ import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from perdure.adapter import Adapter
-from perdure.errors import NotConfigured, PlatformError, UnknownPlatform
+from perdure.config import load_config
+from perdure.errors import InvalidConfig, NotConfigured, PlatformError, UnknownPlatform
 
 __all__ = ["GROUP", "Platforms"]
 
@@ -25,15 +26,39 @@ class Platforms:
 
     Args:
         adapters: Exactly these; None takes what is installed.
+        settings: What `perdure.toml` says of platforms, by name. A name that isn't installed
+            stands for one more platform of the `kind` that its settings give.
+
+    Raises:
+        InvalidConfig: Settings are for no platform there is.
     """
 
-    def __init__(self, adapters: Sequence[Adapter] | None = None) -> None:
+    def __init__(
+        self,
+        adapters: Sequence[Adapter] | None = None,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._settings: dict[str, Mapping[str, Any]] = dict(settings or {})
         self._made: dict[str, Adapter] = {}
         self._found: Mapping[str, EntryPoint] = {}
         if adapters is None:
-            self._found = {found.name: found for found in entry_points(group=GROUP)}
+            found = {found.name: found for found in entry_points(group=GROUP)}
+            self._found = found | {
+                name: _kind(name, given, found)
+                for name, given in self._settings.items()
+                if "kind" in given or name not in found
+            }
         else:
             self._made = {adapter.platform: adapter for adapter in adapters}
+
+    @classmethod
+    def configured(cls) -> Self:
+        """Return what is installed, with the settings of `perdure.toml`.
+
+        Raises:
+            InvalidConfig: `perdure.toml` can't be read, or is for no platform there is.
+        """
+        return cls(settings=load_config().platforms)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,8 +88,17 @@ class Platforms:
         self.check(name)
         adapter = self._made.get(name)
         if adapter is None:
-            adapter = self._made[name] = _make(self._found[name])
+            adapter = _make(name, self._found[name], self._settings.get(name))
+            self._made[name] = adapter
         return adapter
+
+    async def stop(self, name: str, response_id: str) -> None:
+        """Stop a response that goes on at a platform without us, as well as that can be done."""
+        try:
+            async with asyncio.timeout(CLOSING_SECONDS):
+                await self.get(name).stop(response_id)
+        except Exception as error:  # noqa: BLE001 - the task has ended all the same
+            _log.warning("%s: %r could not be stopped: %s", name, response_id, error)
 
     async def close(self) -> None:
         """Close the adapters that were made."""
@@ -76,13 +110,28 @@ class Platforms:
                 _log.warning("the platform %r could not be closed: %r", name, error)
 
 
-def _make(found: EntryPoint) -> Adapter:
+def _kind(name: str, settings: Mapping[str, Any], found: Mapping[str, EntryPoint]) -> EntryPoint:
+    kind = settings.get("kind", name)
+    if kind not in found:
+        raise InvalidConfig(
+            f"perdure.toml: platforms.{name}: there is no platform of the kind {kind!r}; "
+            f"there are: {', '.join(sorted(found))}"
+        )
+    return found[kind]
+
+
+def _make(name: str, found: EntryPoint, settings: Mapping[str, Any] | None) -> Adapter:
+    given: dict[str, Any] = {}
+    if settings is not None:
+        given["settings"] = {key: value for key, value in settings.items() if key != "kind"}
+    if name != found.name:
+        given["platform"] = name
     try:
         factory: Any = found.load()
-        adapter: Adapter = factory()
+        adapter: Adapter = factory(**given)
     except PlatformError:
         raise
     except Exception as error:  # whatever is wrong with one platform, the others go on
         what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-        raise NotConfigured(f"the platform {found.name!r} can't be loaded: {what}") from error
+        raise NotConfigured(f"the platform {name!r} can't be loaded: {what}") from error
     return adapter

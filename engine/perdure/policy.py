@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
-from perdure.errors import PlatformError, TimeLimitExceeded
+from perdure.errors import OutputInvalid, PlatformError, TimeLimitExceeded
 from perdure.events import AttemptFailed, Cancelled, Event, Failed, Interrupted
 from perdure.lifecycle import TaskState
 from perdure.task import Recovery, Usage
@@ -25,6 +25,7 @@ class RetryPolicy:
         base_seconds: The first wait, at most; each further one may be twice as long.
         cap_seconds: No wait is longer, unless the platform asks for it.
         retry_after_cap_seconds: The longest a platform may make us wait.
+        max_repairs: How often an answer that isn't what was asked for may be handed back.
         max_interruptions: A task whose workers are lost that often ends as failed: it may be what
             kills them.
     """
@@ -33,6 +34,7 @@ class RetryPolicy:
     cap_seconds: float = 60.0
     retry_after_cap_seconds: float = 600.0
     max_interruptions: int = 50
+    max_repairs: int = 1
 
     def wait(self, failures: int, retry_after: float | None, chance: float) -> float:
         """Return how many seconds to wait after the ``failures``-th failure in a row.
@@ -77,8 +79,8 @@ def after_failure(
     request_id = None if error.request_id is None else clean_text(error.request_id)
     # The time limit is the task's, not the platform's: there is no time left on any other one.
     last = state.platform == state.platforms[-1] or isinstance(error, TimeLimitExceeded)
-    again = error.retryable and state.failures + 1 < max_attempts
-    if not again and last:
+    following = _following(state, error, max_attempts, policy)
+    if following == "fallback" and last:
         return Failed(
             error_class=error_class,
             message=message,
@@ -90,7 +92,11 @@ def after_failure(
             cost_usd=spent.cost_usd,
             price_version=spent.price_version,
         )
-    wait = policy.wait(state.failures + 1, error.retry_after, chance()) if again else 0.0
+    wait = 0.0
+    if error.retryable and following != "fallback":
+        wait = policy.wait(state.failures + 1, error.retry_after, chance())
+    if following == "reattach":  # it is paid for once, when it ends
+        spent = Spent()
     return AttemptFailed(
         attempt=state.attempt,
         error_class=error_class,
@@ -99,11 +105,24 @@ def after_failure(
         request_id=request_id,
         retryable=error.retryable,
         retry_after=error.retry_after,
-        next="retry" if again else "fallback",
+        next=following,
         retry_at=now + timedelta(seconds=wait),
         usage=spent.usage,
         cost_usd=spent.cost_usd,
     )
+
+
+def _following(
+    state: TaskState, error: PlatformError, max_attempts: int, policy: RetryPolicy
+) -> Literal["retry", "fallback", "reattach", "repair"]:
+    if state.failures + 1 >= max_attempts:
+        return "fallback"
+    if isinstance(error, OutputInvalid) and state.repairs < policy.max_repairs:
+        return "repair"
+    if not error.retryable:
+        return "fallback"
+    alive = state.accepted is not None and state.accepted.reattachable
+    return "reattach" if alive and not error.response_over else "retry"
 
 
 def after_interruption(

@@ -13,6 +13,7 @@ from perdure.ids import generate_task_id
 from perdure.platforms import Platforms
 from perdure.store.content import digest_of, separate
 from perdure.store.transaction import Transaction
+from perdure.structured import check_schema
 from perdure.task import Attachment, Task
 
 __all__ = ["Prepared", "Submission", "prepare", "submit"]
@@ -56,6 +57,8 @@ def prepare(task: Task, platforms: Platforms, default_platform: str | None) -> P
     order = tuple(dict.fromkeys((platform, *task.fallbacks)))
     for name in order:
         platforms.check(name)
+    if task.output_schema is not None:
+        check_schema(task.output_schema)
     content: dict[str, bytes] = {}
     files: list[Attachment] = []
     for file in task.files:

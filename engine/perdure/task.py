@@ -6,7 +6,7 @@ import difflib
 from datetime import datetime
 from enum import StrEnum
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -31,9 +31,14 @@ __all__ = [
     "TaskConstraints",
     "TaskStatus",
     "TaskType",
+    "Tool",
+    "ToolCall",
     "Usage",
     "describe_invalid",
 ]
+
+M = TypeVar("M", bound=BaseModel)
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high"]
 
 # The largest request any of the platforms takes is 32 MB; more text than that is a mistake.
 MAX_TEXT = 32 * 1024 * 1024
@@ -106,11 +111,20 @@ def _path_text(value: object) -> object:
     return str(value) if isinstance(value, PurePath) else value
 
 
+def _schema_of(value: object) -> object:
+    """Return the JSON schema that a pydantic model class stands for; anything else as it is."""
+    if isinstance(value, type) and issubclass(value, BaseModel):
+        return value.model_json_schema()
+    return value  # pyright: ignore[reportUnknownVariableType] - narrowed to a class, it is one of anything
+
+
 Text: TypeAlias = Annotated[str, AfterValidator(_storable)]
 Name: TypeAlias = Annotated[str, Field(max_length=MAX_NAME), AfterValidator(_storable)]
 NonBlankName: TypeAlias = Annotated[Name, AfterValidator(_non_blank)]
 Json: TypeAlias = Annotated[Any, AfterValidator(check_json)]
 JsonDict: TypeAlias = Annotated[dict[str, Any], AfterValidator(check_json)]
+JsonSchema: TypeAlias = Annotated[JsonDict, BeforeValidator(_schema_of)]
+StopSequence: TypeAlias = Annotated[Text, Field(min_length=1, max_length=1000)]
 Labels: TypeAlias = dict[NonBlankName, Annotated[str, AfterValidator(_storable)]]
 
 
@@ -170,6 +184,29 @@ class TaskConstraints(_Input):
     """Most times a platform is asked before a retryable error ends the task."""
     recovery: Recovery = Recovery.RESTART
     """What happens after a crash, where the interrupted call can't be picked up."""
+    stop_sequences: Annotated[tuple[StopSequence, ...], Field(max_length=16)] = ()
+    """Texts at which the platform stops; they are not part of the output."""
+    reasoning_effort: Effort | None = None
+    """How much the model thinks first; None leaves it to the platform."""
+
+
+class Tool(_Frozen):
+    """A function that the model may ask for. perdure passes it on and calls nothing itself."""
+
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: Text = ""
+    parameters: JsonSchema = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    """JSON schema of its arguments; a pydantic model class is turned into one."""
+
+
+class ToolCall(_Frozen):
+    """A call the model asked for."""
+
+    id: str = ""
+    """The platform's name of the call, to answer it by."""
+    name: str
+    arguments: Any = None
+    """What the model gave as arguments: an object, or the text as it came where that is no JSON."""
 
 
 class Attachment(_Frozen):
@@ -223,6 +260,14 @@ class Task(_Input):
     """Digest of a batch row's content, to notice that a row was changed."""
     retry_of: NonBlankName | None = None
     """The ended task that this one runs again."""
+    continue_from: NonBlankName | None = None
+    """A completed task whose conversation goes on with this one's prompt: `Engine.submit_task` puts
+    the earlier turns, and what went along with them, in place."""
+    output_schema: JsonSchema | None = None
+    """JSON schema that the output has to satisfy; a pydantic model class is turned into one. The
+    output is checked against it, and the value is in `Result.parsed`."""
+    tools: tuple[Tool, ...] = ()
+    """Functions the model may ask for; what it asked is in `Result.tool_calls`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -233,6 +278,10 @@ class Task(_Input):
                 raise InvalidTask("messages: the last one must be the user's")
         elif not self.prompt.strip():
             raise InvalidTask("prompt: must not be empty")
+        names = [tool.name for tool in self.tools]
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidTask(f"tools: two of them have the name {name!r}")
         return self
 
     @property
@@ -317,3 +366,17 @@ class Result(BaseModel):
     model: str | None = None
     error_class: str | None = None
     attempts: int = 0
+    parsed: Any = None
+    """The output as a value, where the task has an `output_schema` and the output satisfies it."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls that the model asked for."""
+
+    def parse(self, model: type[M]) -> M:
+        """Return the output as an instance of the pydantic model whose schema was asked for.
+
+        Raises:
+            ValueError: There is no such output.
+        """
+        if self.parsed is None:
+            raise ValueError(f"{self.task_id} has no parsed output: it is {self.status}")
+        return model.model_validate(self.parsed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -65,7 +66,8 @@ class WholeFile:
         """Write some more."""
         if self._file is None:
             raise ValueError("the file isn't open")
-        self._file.write(data)
+        with self._named():
+            self._file.write(data)
 
     def __exit__(
         self,
@@ -77,7 +79,7 @@ class WholeFile:
         if self._file is None:
             return
         try:
-            with self._file as file:
+            with self._named(), self._file as file:
                 if error is None and not self._direct:
                     file.flush()
                     os.fsync(file.fileno())
@@ -87,3 +89,13 @@ class WholeFile:
             if not self._direct:
                 with contextlib.suppress(OSError):
                     self.draft.unlink()
+
+    @contextlib.contextmanager
+    def _named(self) -> Generator[None]:
+        """Have an error say which file it is about: that of a full disk doesn't by itself."""
+        try:
+            yield
+        except OSError as error:
+            if error.filename is not None or error.errno is None:
+                raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from error

@@ -39,6 +39,7 @@ from perdure.task import Attachment, Task
 
 __all__ = ["Worker", "WorkerSettings"]
 
+_NOT_LOOKED: Final = datetime.min.replace(tzinfo=UTC)
 _logger: Final = logging.getLogger("perdure")
 
 
@@ -51,7 +52,8 @@ class WorkerSettings:
         heartbeat_seconds: How often a worker shows that it is alive.
         lease_seconds: A worker that hasn't shown itself for so long has lost its tasks. One whose
             process on this host is gone has lost them at once.
-        poll_seconds: How often an idle worker looks for tasks of other processes.
+        poll_seconds: How often an idle worker looks for tasks of other processes, where it isn't
+            told of them.
         retry: What happens after errors.
         timing: How attempts are paced.
     """
@@ -85,8 +87,10 @@ class Worker:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._attempts: dict[str, Attempt] = {}
         self._wake = asyncio.Event()
+        self._claimed = asyncio.Event()
         self._claiming = asyncio.Lock()
         self._more = True  # whether something may be due that we haven't been told of
+        self._due: datetime | None = _NOT_LOOKED  # what the look before going to sleep has found
         self._stopping = False
         self._until_done = False
         self._stop_all: Stop | None = None
@@ -142,6 +146,7 @@ class Worker:
         if not self._registered:
             self._registered = True
             await self._log.write(lambda tx: claims.register_worker(tx, self.worker_id))
+        self._log.on_work(self._wake.set)
         await self.recover_lost()
         beating = asyncio.create_task(self._beat())
         try:
@@ -193,17 +198,20 @@ class Worker:
             return 0
         scope = self.scope
         if not self._more:  # a look costs no write lock
-            due = await claims.next_due(self._database, scope)
-            if due is None or due > datetime.now(UTC):
+            self._due = await self._look()
+            if self._due is None or self._due > self._database.now:
                 return 0
         if self._stopping:
             return 0
         self._more = False
+        self._due = _NOT_LOOKED
         models = {name: a.default_model for name, a in self._platforms.made.items()}
         claimed, head = await self._log.write_at(
             lambda tx: claims.claim(tx, self.worker_id, free, scope, models)
         )
         self._more = self._more or len(claimed) == free
+        if claimed:
+            self._claimed.set()
         for one in claimed:
             running = asyncio.create_task(self._carry_out(one, head))
             self._running[one.task_id] = running
@@ -227,14 +235,21 @@ class Worker:
 
     async def _sleep(self) -> None:
         """Wait for news: something was submitted or has ended here, or others may have done so."""
-        wait = self.settings.poll_seconds
+        # It is told of work, but not that others have done the last of it.
+        told = self._log.hears and not self._until_done
+        wait = self.settings.lease_seconds if told else self.settings.poll_seconds
         if len(self._running) < self.settings.concurrency:
-            due = await claims.next_due(self._database, self.scope)
+            due = await self._look() if self._due is _NOT_LOOKED else self._due
+            self._due = _NOT_LOOKED
             if due is not None:
-                wait = min(wait, max(0.0, (due - datetime.now(UTC)).total_seconds()))
+                wait = min(wait, max(0.0, (due - self._database.now).total_seconds()))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 await self._wake.wait()
+
+    async def _look(self) -> datetime | None:
+        """Return when the next task that waits is due; None where none waits."""
+        return await claims.next_due(self._database, self.scope)
 
     async def _nothing_left(self) -> bool:
         return await claims.unfinished(self._database, self.scope) == 0
@@ -303,7 +318,7 @@ class Worker:
     async def _beat(self) -> None:
         """Show that this worker is alive, and look for others that aren't."""
         while True:
-            await asyncio.sleep(self.settings.heartbeat_seconds)
+            await self._until_next_beat()
             try:
                 await self._log.write(lambda tx: claims.beat(tx, self.worker_id))
                 if await self.recover_lost():
@@ -313,11 +328,27 @@ class Worker:
                 self._wake.set()
                 return
 
+    async def _until_next_beat(self) -> None:
+        """Wait as long as others may do without a sign of life."""
+        now = asyncio.get_running_loop().time
+        last = now()
+        while True:
+            self._claimed.clear()
+            pause = self.settings.heartbeat_seconds
+            if not self._running and self._log.hears:
+                # Who has nothing to lose need not say that it lives, only before its lease is over.
+                pause = max(pause, self.settings.lease_seconds / 2)
+            if (left := last + pause - now()) <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._claimed.wait()
+
     async def recover_lost(self) -> int:
         """Take over what lost workers had; returns how many tasks that were."""
         lease = timedelta(seconds=self.settings.lease_seconds)
         recovered = 0
-        for lost in await claims.find_lost(self._database, lease, datetime.now(UTC)):
+        for lost in await claims.find_lost(self._database, lease, self._database.now):
             if lost == self.worker_id:
                 continue
             decide = partial(after_interruption, policy=self.settings.retry)
@@ -344,6 +375,8 @@ def _resume(claimed: Claimed) -> Resume | None:
         return Resume("reattach", claimed.output, before.accepted.response_id, before.cursor)
     if before.next_mode == "continue":
         return Resume("continue", claimed.output)
+    if before.repairing:
+        return Resume("repair", claimed.output, problem=before.error)
     return None
 
 

@@ -207,6 +207,21 @@ class TestReadOnly:
         assert out
         assert [found.name for found in place.parent.iterdir()] == [place.name]
 
+    def test_verifying(self, place: Path, tmp_path: Path) -> None:
+        """Who is given a copy to check it can do so."""
+        code, out, err = self.run(place, tmp_path, ["verify"])
+        assert code == 0, err
+        assert "All is well" in err
+        assert out
+        assert [found.name for found in place.parent.iterdir()] == [place.name]
+
+    def test_health(self, place: Path, tmp_path: Path) -> None:
+        """That nothing can be run here is a warning; nothing is broken."""
+        code, out, err = self.run(place, tmp_path, ["doctor"])
+        assert "writing\twarning" in out
+        assert "broken" not in out
+        assert (code, err) == (0, "")
+
     @pytest.mark.parametrize(
         "command", [["rebuild"], ["redact", TASK, "--yes"], ["db", "vacuum"]], ids=" ".join
     )

@@ -282,26 +282,28 @@ def test_a_closed_pipe_ends_quietly(database: Path) -> None:
     assert statuses(database) == {"cancelled": 1}
 
 
-def test_what_was_streamed_to_a_file_is_the_answer(tmp_path: Path, database: Path) -> None:
-    """What a lost attempt wrote to it is taken back."""
+@pytest.mark.parametrize("redirection", [">", ">>"])
+def test_what_was_streamed_to_a_file_is_the_answer(
+    redirection: str, tmp_path: Path, database: Path
+) -> None:
+    """What a lost attempt wrote to it is taken back, and nothing else."""
     file = tmp_path / "answer.txt"
     file.write_text("from before\n")
     options = ("fail=Overloaded", "fail_after=3", "fail_attempts=1", "words=20")
-    with file.open("a") as out:
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "perdure.cli", "ask", "x", "-p", "demo"),
-                *(part for option in options for part in ("--option", option)),
-            ],
-            stdout=out,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PERDURE_DB": str(database)},
-            check=False,
-            timeout=120,
-        )
+    told = " ".join(f"--option {option}" for option in options)
+    done = subprocess.run(
+        [
+            *("/bin/sh", "-c"),
+            f'"{sys.executable}" -m perdure.cli ask x -p demo {told} {redirection} "{file}"',
+        ],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PERDURE_DB": str(database)},
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     ((output,),) = query(database, "SELECT output FROM tasks")
-    assert file.read_text() == "from before\n" + output
+    assert file.read_text() == ("from before\n" if redirection == ">>" else "") + output
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path, database: Path) -> None:

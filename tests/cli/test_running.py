@@ -535,3 +535,40 @@ def test_an_unexpected_error_is_one_line(perdure: Perdure, monkeypatch: pytest.M
     assert ended.err == "perdure: unexpected RuntimeError: a bug; PERDURE_DEBUG=1 shows where\n"
     monkeypatch.setenv("PERDURE_DEBUG", "1")
     assert "Traceback" in ask(perdure).err
+
+
+def test_without_stdout_a_batch_is_run_all_the_same(
+    perdure: Perdure, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may be started without it, as by `>&-`."""
+    out = tmp_path / "results.jsonl"
+    monkeypatch.setattr("sys.stdout", None)
+    ended = perdure("run", rows, "-p", "demo", "--out", out)
+    sys.stdout.close()
+    assert (ended.code, ended.out) == (0, "")
+    assert out.read_text(encoding="utf-8").count("completed") > 0
+
+
+def test_ctrl_c_while_the_commands_load_is_quiet() -> None:
+    """No traceback, and the exit code of what was interrupted."""
+    code = (
+        "import sys\n"
+        "class Pressed:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'perdure.cli.querying': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Pressed())\n"
+        "from perdure.cli.entry import main\n"
+        "main()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that Linux has")
+def test_a_file_that_can_not_be_written_is_named(perdure: Perdure, rows: Path) -> None:
+    """Where the disk is full, the system's error doesn't say which file it was."""
+    ended = perdure("run", rows, "-p", "demo", "--out", "/dev/full")
+    assert ended.code == 1
+    assert complaints(ended) == ["perdure: /dev/full: No space left on device"]

@@ -11,12 +11,20 @@ from pathlib import Path
 import pytest
 from harness import Nursery
 
-__all__ = ["chance", "db", "nursery", "seed", "shared_nursery"]
+__all__ = ["chance", "db", "nursery", "seed", "shared_nursery", "sqlite_db"]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def db(request: pytest.FixtureRequest) -> Path | str:
+    """An empty database of today's schema: the path of a SQLite file, and a PostgreSQL URL."""
+    make = "make_database" if request.param == "sqlite" else "make_server_database"
+    found: Path | str = request.getfixturevalue(make)()
+    return found
 
 
 @pytest.fixture
-def db(make_database: Callable[[], Path]) -> Path:
-    """The path of an empty database of today's schema."""
+def sqlite_db(make_database: Callable[[], Path]) -> Path:
+    """The path of an empty SQLite database, for what only SQLite has."""
     return make_database()
 
 

@@ -14,8 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
+
+import psycopg
+from psycopg.types.string import TextLoader
 
 from perdure import RecordedEvent, Task, WorkerSettings
 from perdure.attempt import Timing
@@ -24,6 +28,9 @@ from perdure.policy import RetryPolicy
 from perdure.store.database import Database
 from perdure.store.maintenance import compare, verify
 from perdure.streaming import TextChunk
+
+# The path of a SQLite file, or the URL of a PostgreSQL database.
+Database_ = Path | str
 
 HERE: Final = Path(__file__).parent
 # Two busy cores: far more than anything takes, and never waited for in vain.
@@ -77,22 +84,29 @@ def demo(prompt: str = "Say something.", **fields: Any) -> Task:
 # -- what a log says, seen from outside ------------------------------------------------------------
 
 
-def query(path: Path, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
-    """Return the rows of a query, by plain sqlite3."""
-    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=30)
+def query(db: Database_, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
+    """Return the rows of a query, by a plain driver."""
+    if isinstance(db, str):
+        with psycopg.connect(db) as server:
+            for name in ("json", "jsonb"):
+                server.adapters.register_loader(name, TextLoader)
+            text = sql.replace("%", "%%").replace("?", "%s").encode()
+            rows = server.execute(text, parameters).fetchall()
+        return [tuple(v.isoformat() if isinstance(v, datetime) else v for v in r) for r in rows]
+    connection = sqlite3.connect(f"{db.as_uri()}?mode=ro", uri=True, timeout=30)
     try:
         return connection.execute(sql, parameters).fetchall()
     finally:
         connection.close()
 
 
-def count_events(path: Path, type_: str | None = None) -> int:
+def count_events(path: Database_, type_: str | None = None) -> int:
     """Return how many events there are (of that type)."""
     where = "" if type_ is None else f"WHERE type = '{type_}'"
     return int(query(path, f"SELECT count(*) FROM events {where}")[0][0])
 
 
-def stored_events(path: Path, task_id: str) -> list[tuple[str, dict[str, Any]]]:
+def stored_events(path: Database_, task_id: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the (type, data) of a task's events, read without any of perdure's code."""
     rows = query(
         path,
@@ -128,7 +142,7 @@ def status_of(events: Iterable[tuple[str, dict[str, Any]]]) -> str:
     return status
 
 
-def assert_sound(path: Path) -> None:
+def assert_sound(path: Database_) -> None:
     """Hold a database against everything that must be true of it at any moment."""
     rows = query(
         path,
@@ -326,3 +340,24 @@ def chunks_in(path: Path) -> list[TextChunk]:
     """Return what a reader in a child was shown, as it noted it down."""
     found = (json.loads(line) for line in whole_lines(path))
     return [TextChunk(text, offset=offset, version=version) for text, offset, version in found]
+
+
+def is_writing(db: Database_) -> bool:
+    """Return whether somebody holds the locks that a writer takes."""
+    if isinstance(db, str):
+        with psycopg.connect(db) as server:
+            try:
+                server.execute("SELECT 1 FROM streams FOR UPDATE NOWAIT")
+                server.execute("SELECT 1 FROM log_head FOR UPDATE NOWAIT")
+            except psycopg.errors.LockNotAvailable:
+                return True
+        return False
+    connection = sqlite3.connect(db, isolation_level=None, timeout=0)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
+    except sqlite3.OperationalError:
+        return True
+    finally:
+        connection.close()
+    return False

@@ -18,12 +18,12 @@ from harness import FAST
 from sqlalchemy import Connection
 
 from perdure import Engine, Scope, Task, WorkerSettings
-from perdure.adapter import Call
+from perdure.adapter import Adapter, Call
 from perdure.attempt import Attempt
 from perdure.events import Chunk, Completed, Event
 from perdure.store.database import Writer
 from perdure.store.transaction import Transaction
-from perdure_adapters import DemoAdapter
+from perdure_adapters import ChatGPTAdapter, ClaudeAdapter, DemoAdapter
 
 
 def load_everything() -> None:
@@ -33,7 +33,10 @@ def load_everything() -> None:
         for module in pkgutil.walk_packages(found.__path__, f"{package}."):
             if not module.name.endswith(("__main__", ".env")):
                 importlib.import_module(module.name)
-    for name in ("alembic.command", "genai_prices", "sqlalchemy.dialects.sqlite.aiosqlite"):
+    for name in (
+        *("alembic.command", "genai_prices", "openai", "openai.resources.responses"),
+        "sqlalchemy.dialects.sqlite.aiosqlite",
+    ):
         importlib.import_module(name)
 
 
@@ -158,8 +161,23 @@ def command(arguments: list[str], *, die: str | None = None, at: int = 1) -> Non
     say(f"exit {int(code)}")
 
 
+async def run_on(db: str, *, platform: str, url: str, concurrency: int = 4) -> None:
+    """Run what is pending on a platform whose server is at that address."""
+    settings = _settings({"concurrency": concurrency})
+    adapter = SERVED[platform](url)
+    async with Engine.open(db, adapters=[adapter], run=False, settings=settings) as engine:
+        say("ready")
+        await engine.run_until_done()
+    say("done")
+
+
+SERVED: dict[str, Callable[[str], Adapter]] = {
+    "chatgpt": lambda url: ChatGPTAdapter(base_url=url, api_key="any"),
+    "claude": lambda url: ClaudeAdapter(base_url=url, api_key="any"),
+}
 SCENES: dict[str, Callable[..., Any]] = {
-    scene.__name__: scene for scene in (run, cancel, read, run_and_read, submit_many, command)
+    scene.__name__: scene
+    for scene in (run, run_on, cancel, read, run_and_read, submit_many, command)
 }
 
 

@@ -62,6 +62,7 @@ from perdure.events import AttemptFailed, Failed, Interrupted, Running
 from perdure.platforms import GROUP
 from perdure.policy import RetryPolicy
 from perdure.store.database import Writer
+from perdure.store.sqlite import SqliteWriter
 from perdure.testing import Hold, ScriptedAdapter
 from perdure_adapters import DemoAdapter
 
@@ -627,6 +628,11 @@ async def _raises_a_group(call: Call) -> AsyncGenerator[Any, None]:
     raise BaseExceptionGroup("both", [ValueError("a"), ConnectionLost("b")])
 
 
+async def _raises_what_is_no_exception(call: Call) -> AsyncGenerator[Any, None]:
+    yield Chunk(text="half")
+    raise BaseException("of a kind of its own")  # noqa: TRY002 - as some libraries do
+
+
 async def _raises_what_cannot_be_stored(call: Call) -> AsyncGenerator[Any, None]:
     yield Chunk(text="half")
     raise ContentRefused("bad \ud800 text \x00", request_id="\udfff")
@@ -673,6 +679,7 @@ FAULTS = [
     _raises,
     _raises_a_cancellation,
     _raises_a_group,
+    _raises_what_is_no_exception,
     _raises_what_cannot_be_stored,
     _yields_text,
     _yields_nothing,
@@ -923,7 +930,7 @@ async def test_a_platform_that_is_faster_than_the_disk_has_to_wait(
 
     def written() -> int:
         (attempt,) = engine.worker._attempts.values()
-        return attempt._length()
+        return attempt._gathered.length()
 
     async with engine_on(db, Wrong(flood)) as engine:
         result = await engine.get_result(await engine.submit_task(ASK))
@@ -1199,11 +1206,11 @@ async def test_nobody_waits_for_an_engine_whose_database_fails(
 
 
 async def test_nobody_waits_for_a_writer_that_is_gone(
-    db: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_db: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even a fault of the writer thread itself reaches everyone."""
     hold = Hold()
-    async with engine_on(db, ScriptedAdapter("one", hold)) as engine:
+    async with engine_on(sqlite_db, ScriptedAdapter("one", hold)) as engine:
         task_id = await engine.submit_task(ASK)
         waiting = asyncio.create_task(engine.get_result(task_id))
         await hold.reached.wait()
@@ -1211,7 +1218,7 @@ async def test_nobody_waits_for_a_writer_that_is_gone(
         def broken(self: Writer) -> bool:
             raise RuntimeError("out of luck")
 
-        monkeypatch.setattr(Writer, "others_committed", broken)
+        monkeypatch.setattr(SqliteWriter, "others_committed", broken)
         done, _ = await asyncio.wait({waiting}, timeout=30)
         assert done
         assert isinstance(waiting.exception(), StoreError)
@@ -1220,18 +1227,18 @@ async def test_nobody_waits_for_a_writer_that_is_gone(
                 async with asyncio.timeout(30):
                     await engine.submit_task(ASK)
         monkeypatch.undo()
-    assert_sound(db)
+    assert_sound(sqlite_db)
 
 
 async def test_a_locked_database_is_an_error_that_passes(
-    db: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_db: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While another program holds the lock for too long writes fail; afterwards they don't."""
     import sqlite3
 
-    monkeypatch.setattr("perdure.store.database.BUSY_SECONDS", 0.2)
-    async with engine_on(db, run=False) as engine:
-        other = sqlite3.connect(db, isolation_level=None)
+    monkeypatch.setattr("perdure.store.sqlite.BUSY_SECONDS", 0.2)
+    async with engine_on(sqlite_db, run=False) as engine:
+        other = sqlite3.connect(sqlite_db, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(perdure.DatabaseUnavailable, match="locked"):
             await engine.submit_task(ASK)
@@ -1239,7 +1246,7 @@ async def test_a_locked_database_is_an_error_that_passes(
         other.close()
         task_id = await engine.submit_task(ASK)
         assert await engine.get_status(task_id) is TaskStatus.PENDING
-    assert_sound(db)
+    assert_sound(sqlite_db)
 
 
 async def test_work_that_fails_fails_alone(db: Path) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import signal
-import sqlite3
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -23,12 +22,13 @@ from harness import (
     count_events,
     demo,
     eventually,
+    is_writing,
     journal_of,
     query,
     stored_events,
 )
 
-from perdure import Accepted, Completed, Engine, Submission, Task, TaskStatus
+from perdure import Accepted, Completed, Engine, InvalidRequest, Submission, Task, TaskStatus
 from perdure.policy import RetryPolicy, after_interruption
 from perdure.store import claims
 from perdure.store.claims import Scope
@@ -120,6 +120,25 @@ async def test_it_notices_even_if_it_only_waits(db: Path) -> None:
         await eventually(lambda: not adapter.running)
         assert adapter.cancelled == [task_id]
         assert adapter.stopped == [], "the response belongs to the next owner"
+    assert_sound(db)
+
+
+async def test_the_next_owners_response_goes_on(db: Path) -> None:
+    """A worker that fails for good, and was declared lost before, stops nothing at the platform."""
+    hold = Hold()
+    adapter = ScriptedAdapter(
+        Accepted(response_id="r", reattachable=True), "one ", hold, InvalidRequest("no")
+    )
+    async with engine_on(db, run=False) as other, engine_on(db, adapter) as engine:
+        engine.log.feed._deliver = lambda committed: None  # type: ignore[method-assign]
+        await engine.submit_task(ASK)
+        await hold.reached.wait()
+        await eventually(lambda: count_events(db, "chunk"))
+        engine.worker.stop_claiming()
+        await declare_lost(other, engine.worker.worker_id)
+        hold.release()
+        await eventually(lambda: not engine.worker.running)
+        assert adapter.stopped == []
     assert_sound(db)
 
 
@@ -265,21 +284,15 @@ async def test_several_processes_share_the_work(db: Path, nursery: Nursery, tmp_
 async def stop_between_writes(child: Child, db: Path) -> None:
     """Stop a process at a moment at which it doesn't hold the database's write lock.
 
-    Stopped in the middle of a commit it would keep everyone out: such is SQLite.
+    Stopped in the middle of a commit it would keep everyone out: on SQLite for ever, on PostgreSQL
+    until the server ends it.
     """
     while True:
         child.signal(signal.SIGSTOP)
-        connection = sqlite3.connect(db, isolation_level=None, timeout=0)
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("ROLLBACK")
-        except sqlite3.OperationalError:
-            child.signal(signal.SIGCONT)
-            await asyncio.sleep(0.003)
-        else:
+        if not is_writing(db):
             return
-        finally:
-            connection.close()
+        child.signal(signal.SIGCONT)
+        await asyncio.sleep(0.003)
 
 
 def _of_type(db: Path, type_: str) -> list[dict[str, Any]]:

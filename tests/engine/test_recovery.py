@@ -221,6 +221,8 @@ async def test_picking_up_again_and_again(
         before = count_events(db, "running")
         child = nursery.start("run", db=db, until_done=False)
         await eventually(lambda n=before: count_events(db, "running") > n)
+        # Before the platform's answer is known there is nothing to pick up.
+        await eventually(lambda: count_events(db, "accepted"))
         await asyncio.sleep(chance.uniform(0, 0.2))
         child.kill()
     result = await finish(db, task_id)
@@ -274,7 +276,12 @@ async def test_a_picked_up_call_that_fails_begins_anew(db: Path) -> None:
     task_id = await abandoned(
         db, Accepted(response_id="resp_1", reattachable=True), Chunk(text="one ", cursor="1")
     )
-    answers = iter([[ConnectionLost("no such response")], ["all new", Completed()]])
+    answers = iter(
+        [
+            [ConnectionLost("no such response", response_over=True)],
+            ["all new", Completed()],
+        ]
+    )
     adapter = ScriptedAdapter(per_call=lambda _call: next(answers))
     async with engine_on(db, adapter) as engine:
         result = await engine.get_result(task_id, 30)

@@ -286,9 +286,9 @@ class TwoEngines(RuleBasedStateMachine):
         made: list[Owner] = []
         for one in found:
             task = self.tasks[one.task_id]
-            mode = task.mode
+            mode, before = task.mode, task.text
             task.start(worker)
-            assert one.output == task.text
+            assert one.output == before
             assert one.previous.next_mode == mode
             assert one.state.attempt == task.attempt
             assert one.state.version == len(task.events)

@@ -115,7 +115,7 @@ EVENTS: dict[type[Event], st.SearchStrategy[Any]] = {
         request_id=maybe(words),
         retryable=st.booleans(),
         retry_after=maybe(costs),
-        next=st.sampled_from(["retry", "fallback"]),
+        next=st.sampled_from(["retry", "fallback", "reattach", "repair"]),
         retry_at=moments,
         usage=maybe(usages),
         cost_usd=maybe(costs),
@@ -321,7 +321,8 @@ def _spend(life: Life, draw: Draw) -> dict[str, Any]:
 
 def _fail_attempt(life: Life, draw: Draw) -> None:
     more = life.platforms.index(life.platform) + 1 < len(life.platforms)
-    following = draw(st.sampled_from(["retry", "fallback"] if more else ["retry"]))
+    ways = ["retry", "repair"] + ["fallback"] * more + ["reattach"] * life.reattachable
+    following = draw(st.sampled_from(ways))
     event = AttemptFailed(
         attempt=life.attempt,
         error_class=draw(names),
@@ -329,12 +330,13 @@ def _fail_attempt(life: Life, draw: Draw) -> None:
         retryable=draw(st.booleans()),
         next=following,
         retry_at=draw(moments),
-        **_spend(life, draw),
+        **({} if following == "reattach" else _spend(life, draw)),
     )
     if following == "fallback":
         life.platform = life.platforms[life.platforms.index(life.platform) + 1]
         life.model = None
-    life.status, life.worker, life.mode = "pending", None, "restart"
+    life.mode = "reattach" if following == "reattach" else "restart"
+    life.status, life.worker = "pending", None
     life.error_class, life.error = event.error_class, event.message
     life.steps.append((event,))
 

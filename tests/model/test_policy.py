@@ -17,6 +17,7 @@ from perdure.errors import (
     FinalError,
     InvalidRequest,
     NotConfigured,
+    OutputInvalid,
     Overloaded,
     PlatformError,
     PlatformTimeout,
@@ -139,6 +140,45 @@ class TestAfterFailure:
     def test_attempts_run_out_on_the_last_platform(self) -> None:
         """With no platform left the task ends."""
         assert isinstance(fail(running(platform="beta", failures=4), Overloaded("busy")), Failed)
+
+    @pytest.mark.parametrize(
+        ("reattachable", "over", "then"),
+        [(True, False, "reattach"), (True, True, "retry"), (False, False, "retry")],
+    )
+    def test_a_response_that_is_still_there(
+        self, reattachable: bool, over: bool, then: str
+    ) -> None:
+        """It is picked up, and paid for when it ends, unless it ended with the error itself."""
+        state = running(accepted=Accepted(response_id="r", reattachable=reattachable))
+        event = fail(state, ConnectionLost("cut", response_over=over))
+        assert isinstance(event, AttemptFailed)
+        assert event.next == then
+        assert (event.usage is None) == (then == "reattach")
+        assert evolve(state, event, NOW).next_mode == (
+            "reattach" if then == "reattach" else "restart"
+        )
+
+    def test_a_final_error_of_a_response_that_is_still_there(self) -> None:
+        """Picking it up would not help."""
+        state = running(platform="beta", accepted=Accepted(response_id="r", reattachable=True))
+        assert isinstance(fail(state, InvalidRequest("no")), Failed)
+
+    def test_an_invalid_answer(self) -> None:
+        """It is handed back once; if it is invalid again, that is the end on this platform."""
+        event = fail(running(platform="beta"), OutputInvalid("no JSON"))
+        assert isinstance(event, AttemptFailed)
+        assert event.next == "repair"
+        after = evolve(running(platform="beta"), event, NOW)
+        assert (after.repairs, after.repairing, after.next_mode) == (1, True, "restart")
+        assert isinstance(fail(running(platform="beta", repairs=1), OutputInvalid("no")), Failed)
+        elsewhere = fail(running(repairs=1), OutputInvalid("no"))
+        assert isinstance(elsewhere, AttemptFailed)
+        assert elsewhere.next == "fallback"
+
+    def test_no_attempts_left_for_a_repair(self) -> None:
+        """A repair is an attempt, too."""
+        event = fail(running(platform="beta"), OutputInvalid("no"), max_attempts=1)
+        assert isinstance(event, Failed)
 
     def test_errors_without_words(self) -> None:
         """An error without a message is named by its class."""

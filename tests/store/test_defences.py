@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
+import psycopg
 import pytest
 
 from perdure.errors import PerdureError
@@ -21,33 +22,32 @@ class TestDefences:
         return database_url
 
     @staticmethod
-    def plain(backend: Backend, url: str, sql: str) -> None:
-        """Execute a statement with all defences up."""
-        connection = sqlite3.connect(backend.path(url))
-        try:
-            with connection:
-                connection.execute(sql)
-        finally:
-            connection.close()
+    def refused(backend: Backend, url: str, sql: str, *, match: str) -> None:
+        """Check that a statement is refused with all defences up."""
+        before = backend.query(url, "SELECT * FROM events ORDER BY position")
+        with pytest.raises((sqlite3.IntegrityError, psycopg.Error), match=match):
+            backend.change(url, sql)
+        assert backend.query(url, "SELECT * FROM events ORDER BY position") == before
 
     @pytest.mark.parametrize("ending", ["completed", "failed", "cancelled"])
     async def test_a_second_ending(self, backend: Backend, ended: str, ending: str) -> None:
         """A second ending of a task is refused by an index, not by our code."""
-        with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
-            self.plain(
-                backend,
-                ended,
-                "INSERT INTO events SELECT position + 1, stream_id, version + 1, "
-                f"'{ending}', schema_version, data, recorded_at, digest "
-                "FROM events WHERE type = 'completed'",
-            )
+        self.refused(
+            backend,
+            ended,
+            "INSERT INTO events SELECT position + 1, stream_id, version + 1, "
+            f"'{ending}', schema_version, data, recorded_at, digest "
+            "FROM events WHERE type = 'completed'",
+            match="UNIQUE|events_one_ending",
+        )
 
     @pytest.mark.parametrize(
         "change",
         [
             "position = position + 10", "stream_id = stream_id", "version = version + 10",
             "type = 'chunk'", "schema_version = 2", "data = '{}'", "data = data",
-            "recorded_at = ''", "digest = x''", "data = '{\"redacted\":\"short\"}'",
+            "recorded_at = '2000-01-01T00:00:00.000000Z'", "digest = x''",
+            "data = '{\"redacted\":\"short\"}'",
             "data = json_set(data, '$.redacted', 5)",
             "type = 'x', data = json_object('redacted', hex(zeroblob(32)))",
             "digest = x'', data = json_object('redacted', hex(zeroblob(32)))",
@@ -56,21 +56,36 @@ class TestDefences:
     async def test_edits(self, backend: Backend, ended: str, change: str) -> None:
         """No column of any event can be changed."""
         for version in (1, 2, 3):
-            with pytest.raises(sqlite3.IntegrityError, match="never changed"):
-                self.plain(backend, ended, f"UPDATE events SET {change} WHERE version = {version}")
+            update = f"UPDATE events SET {change} WHERE version = {version}"
+            self.refused(backend, ended, update, match="never changed")
 
     async def test_tombstones_are_final(self, backend: Backend, ended: str) -> None:
         """The one change allowed leaves a tombstone, and a tombstone isn't changed again."""
         bury = "UPDATE events SET data = json_object('redacted', lower(hex(zeroblob(32)))) "
-        self.plain(backend, ended, bury + "WHERE version = 1")
-        with pytest.raises(sqlite3.IntegrityError, match="never changed"):
-            self.plain(backend, ended, bury + "WHERE version = 1")
+        backend.change(ended, bury + "WHERE version = 1")
+        self.refused(backend, ended, bury + "WHERE version = 1", match="never changed")
 
     @pytest.mark.parametrize("which", ["", "WHERE version = 1", "WHERE version = 3"])
     async def test_deletions(self, backend: Backend, ended: str, which: str) -> None:
         """No event can be deleted."""
-        with pytest.raises(sqlite3.IntegrityError, match="never deleted"):
-            self.plain(backend, ended, f"DELETE FROM events {which}")
+        self.refused(backend, ended, f"DELETE FROM events {which}", match="never.* deleted")
+
+    @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+    async def test_truncation(self, backend: Backend, ended: str) -> None:
+        """PostgreSQL's way to delete everything at once is refused as well."""
+        self.refused(backend, ended, "TRUNCATE events CASCADE", match="never.* deleted")
+
+    @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+    @pytest.mark.parametrize("data", ["[]", "5", '{"a":"\\u0000"}', '{"a":1e999999}'])
+    async def test_data_that_nobody_could_query(
+        self, backend: Backend, ended: str, data: str
+    ) -> None:
+        """What `jsonb` can't hold would break the views, so it can't be stored."""
+        insert = (
+            "INSERT INTO events SELECT position + 10, stream_id, version + 10, 'note', "
+            f"schema_version, '{data}', recorded_at, digest FROM events WHERE position = 1"
+        )
+        self.refused(backend, ended, insert, match=".")
 
     async def test_strangers(self, backend: Backend, ended: str) -> None:
         """The log refuses to go on where the database has what can't be: it doesn't guess."""

@@ -382,7 +382,7 @@ async def test_what_cannot_be_read_ends_its_readers(backend: Backend, database_u
         await asyncio.sleep(0)
         with backend.shell(database_url) as shell:
             shell.run(
-                "INSERT INTO events SELECT 3, stream_id, 3, 'chunk', 1, '{', recorded_at, digest "
+                "INSERT INTO events SELECT 3, stream_id, 3, 'chunk', 1, '[]', recorded_at, digest "
                 "FROM events WHERE position = 1"
             )
             shell.run("UPDATE log_head SET position = 3")

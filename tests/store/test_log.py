@@ -67,7 +67,7 @@ class TestGroupCommit:
             waiting = [asyncio.create_task(store.submit(f"task_{number}")) for number in range(100)]
             await asyncio.sleep(0)
         assert await asyncio.gather(*waiting) == [1] * 100
-        assert len(commits) <= 2  # the one that was held, and theirs
+        assert len(commits) <= 3  # the one that was held, theirs, and of some who came before it
 
     async def test_one_after_another(self, store: Store, commits: list[int]) -> None:
         """Who waits for each append gets a commit for each."""
@@ -374,7 +374,9 @@ class TestSubmitting:
         assert backend.query(database_url, "SELECT count(*), sum(size) FROM blobs") == [
             (1, len(system.encode()))
         ]
-        ((longest,),) = backend.query(database_url, "SELECT max(length(data)) FROM events")
+        ((longest,),) = backend.query(
+            database_url, "SELECT max(length(CAST(data AS TEXT))) FROM events"
+        )
         assert longest < 300
 
     async def test_short_texts_stay_in_the_event(
@@ -580,14 +582,14 @@ class TestWaiting:
             await log_module.EventLog(Database(database_url)).append("task", [submitted()], 0)
 
     async def test_a_writer_that_is_gone(
-        self, store: Store, monkeypatch: pytest.MonkeyPatch
+        self, backend: Backend, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Were the writer thread ever to end by itself, nobody would wait for it for ever."""
 
         def broken(_self: Writer) -> bool:
             raise ZeroDivisionError("by zero")
 
-        monkeypatch.setattr(Writer, "others_committed", broken)
+        monkeypatch.setattr(backend.writer, "others_committed", broken)
         await store.submit("task")
         following = asyncio.create_task(anext(store.log.feed.follow("task", 1)))
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from alembic.script import ScriptDirectory
 
 from perdure.errors import DatabaseIncompatible, DatabaseUnavailable, StoreError
 from perdure.store import schema
-from perdure.store.database import Database, alembic_config
+from perdure.store.database import Database
+from perdure.store.dialect import alembic_config
 from store.backends import opened
 
 
@@ -42,7 +44,7 @@ def migrate(database: Database, revision: str) -> None:
 
 def objects(path: Path) -> set[tuple[str, str, str]]:
     """Return type, name and definition of everything in the schema."""
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         rows = connection.execute(
             "SELECT type, name, coalesce(sql, '') FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"
         )
@@ -139,7 +141,7 @@ class TestANewFile:
         """Application id, WAL and incremental vacuum are set in the file itself."""
         database = Database(tmp_path / "a.db")
         database.prepare()
-        with sqlite3.connect(database.path) as connection:
+        with closing(sqlite3.connect(database.path)) as connection, connection:
             assert connection.execute("PRAGMA application_id").fetchone()[0] == 0x70657264
             assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
             assert connection.execute("PRAGMA auto_vacuum").fetchone()[0] == 2
@@ -211,14 +213,14 @@ class TestOtherFiles:
     def test_database_of_another_program(self, tmp_path: Path) -> None:
         """A SQLite file with other tables is not touched."""
         path = tmp_path / "other.db"
-        with sqlite3.connect(path) as connection:
+        with closing(sqlite3.connect(path)) as connection, connection:
             connection.execute("CREATE TABLE songs (title TEXT)")
         assert "some other program" in self.refused(path, DatabaseIncompatible)
 
     def test_alembic_database_of_another_program(self, tmp_path: Path) -> None:
         """A version table alone doesn't make it ours."""
         path = tmp_path / "other.db"
-        with sqlite3.connect(path) as connection:
+        with closing(sqlite3.connect(path)) as connection, connection:
             connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
             connection.execute("CREATE TABLE songs (title TEXT)")
         assert "some other program" in self.refused(path, DatabaseIncompatible)
@@ -227,9 +229,8 @@ class TestOtherFiles:
         """A schema that this code doesn't know asks for an upgrade of perdure."""
         path = tmp_path / "a.db"
         Database(path).prepare()
-        with sqlite3.connect(path) as connection:
+        with closing(sqlite3.connect(path)) as connection, connection:
             connection.execute("UPDATE alembic_version SET version_num = '9999'")
-        connection.close()
         assert "upgrade perdure" in self.refused(path, DatabaseIncompatible)
 
     def test_text_file(self, tmp_path: Path) -> None:

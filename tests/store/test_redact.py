@@ -23,11 +23,11 @@ from perdure.events import (
     Running,
 )
 from perdure.platforms import Platforms
-from perdure.store import database as database_module
+from perdure.store import sqlite as sqlite_module
 from perdure.store.claims import load_blobs
 from perdure.store.database import Database
 from perdure.store.maintenance import compare, rebuild, redact, verify
-from perdure.store.records import find_task, read_task
+from perdure.store.records import Records
 from perdure.store.schema import VIEWS
 from perdure.submission import prepare as prepare_task
 from perdure.submission import submit
@@ -116,13 +116,13 @@ async def test_nothing_of_the_content_is_left(database_url: str) -> None:
         task_id = await take_in(store, secret_task())
         await carry_out(store, task_id, done())
         assert await take_out(store, task_id) == 6
-        record = await find_task(store.database, task_id)
+        record = await Records(store.database).find(task_id)
         assert record is not None
         assert record.status is TaskStatus.COMPLETED
         assert (record.attempts, record.key) == (2, "the-key")
         assert (record.prompt, record.output, dict(record.labels)) == (None, None, {})
         assert WORD not in repr(record)
-        left = await read_task(store.database, task_id)
+        left = await Records(store.database).task(task_id)
         assert WORD not in left.model_dump_json()
     assert_whole(database_url, redacted=6)
 
@@ -204,7 +204,7 @@ def verified(url: str) -> int:
 
 async def test_somebody_still_looks_at_it(sqlite: Sqlite, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader of an older state doesn't hold a redaction up for long; it is gone after it left."""
-    monkeypatch.setattr(database_module, "ERASING_SECONDS", 0.1)
+    monkeypatch.setattr(sqlite_module, "ERASING_SECONDS", 0.1)
     url = sqlite.new()
     async with opened(url) as store:
         task_id = await take_in(store, secret_task(task_id="task"))
@@ -231,7 +231,7 @@ async def test_what_others_share_stays(database_url: str) -> None:
         for task_id in (one, two):
             await carry_out(store, task_id, done())
         await take_out(store, one)
-        assert (await read_task(store.database, two)).system == LONG
+        assert (await Records(store.database).task(two)).system == LONG
         await take_out(store, two)
     with Database(database_url).snapshot() as connection:
         assert connection.exec_driver_sql("SELECT count(*) FROM blobs").scalar() == 0
@@ -267,7 +267,7 @@ async def test_live_task_is_refused(database_url: str) -> None:
         await store.log.append(task_id, [Running(attempt=1, worker="w", platform="demo")], 1)
         with pytest.raises(InvalidTransition, match="is running: cancel it"):
             await take_out(store, task_id)
-        assert (await read_task(store.database, task_id)).prompt == f"What is {WORD}?"
+        assert (await Records(store.database).task(task_id)).prompt == f"What is {WORD}?"
         with pytest.raises(TaskNotFound):
             await take_out(store, "demo_none")
 
@@ -282,14 +282,14 @@ async def test_files_are_content(database_url: str, tmp_path: Path) -> None:
             ids.append(await take_in(store, task))
             await store.log.append(ids[-1], [Cancelled()], 1)
         await take_out(store, ids[0])
-        (file,) = (await read_task(store.database, ids[1])).files
+        (file,) = (await Records(store.database).task(ids[1])).files
         assert isinstance(file, Attachment)
         assert await load_blobs(store.database, [file.digest]) == {
             file.digest: f"{WORD} in a file".encode()
         }
         await take_out(store, ids[1])
         assert await load_blobs(store.database, [file.digest]) == {}
-        assert WORD not in (await read_task(store.database, ids[1])).model_dump_json()
+        assert WORD not in (await Records(store.database).task(ids[1])).model_dump_json()
     assert_whole(database_url, redacted=2)
 
 
@@ -314,6 +314,6 @@ async def test_conversation_goes_with_its_task(database_url: str) -> None:
         task_id = await take_in(store, secret_task(prompt="", messages=(*talk, question)))
         await carry_out(store, task_id, done())
         await take_out(store, task_id)
-        left = await read_task(store.database, task_id)
+        left = await Records(store.database).task(task_id)
         assert WORD not in left.model_dump_json()
     assert_whole(database_url, redacted=6)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from perdure.errors import DatabaseUnavailable
-from perdure.store import database as database_module
 from perdure.store import readonly
+from perdure.store import sqlite as sqlite_module
 from perdure.store.maintenance import verify
 from perdure.store.transaction import Transaction
 from store.backends import Sqlite, Store, opened
@@ -74,7 +74,7 @@ class TestUnavailable:
         self, sqlite: Sqlite, database_url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A lock that is held for too long is one line that says so; nothing is lost."""
-        for module in (database_module, readonly):
+        for module in (sqlite_module, readonly):
             monkeypatch.setattr(module, "BUSY_SECONDS", 0.2)
         async with opened(database_url) as store:
             await store.submit("before")
@@ -84,7 +84,7 @@ class TestUnavailable:
                     await store.submit("during")
                 assert len(str(locked.value).splitlines()) == 1
                 # Reading goes on.
-                assert await store.database.rows(database_module.sa.text("SELECT 1"))
+                assert await store.database.rows(sqlite_module.sa.text("SELECT 1"))
                 other.run("ROLLBACK")
             assert await store.submit("during") == 1
         assert_sound(database_url)
@@ -107,8 +107,8 @@ class TestWal:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Check at a quarter of a megabyte instead of four."""
-        monkeypatch.setattr(database_module, "CHECKPOINT_BYTES", 2**18)
-        monkeypatch.setattr(database_module, "CHECKPOINT_STEP", 2**16)
+        monkeypatch.setattr(sqlite_module, "CHECKPOINT_BYTES", 2**18)
+        monkeypatch.setattr(sqlite_module, "CHECKPOINT_STEP", 2**16)
 
     @staticmethod
     def wal(url: str) -> int:
@@ -177,7 +177,7 @@ class TestWal:
             writer = await store.log.write(lambda tx: tx.connection.exec_driver_sql(query).scalar())
             ((reader,),) = [
                 tuple(row.values())
-                for row in await store.database.rows(database_module.sa.text(query))
+                for row in await store.database.rows(sqlite_module.sa.text(query))
             ]
             with store.database.snapshot() as connection:
                 snapshot = connection.exec_driver_sql(query).scalar()
@@ -208,7 +208,7 @@ class TestWal:
             return connect(*args, **kwargs)
 
         async with opened(database_url) as store:
-            monkeypatch.setattr(database_module.sqlite3, "connect", refuse)
+            monkeypatch.setattr(sqlite_module.sqlite3, "connect", refuse)
             assert await self.grow(store, database_url, "t") > 2**19
             monkeypatch.undo()
             assert await self.grow(store, database_url, "u") > 0

@@ -12,7 +12,15 @@ from typing import Final, NamedTuple, TypeAlias
 import sqlalchemy as sa
 
 from perdure.batch.reading import RawRow
-from perdure.batch.rows import Defaults, Row, identify, make_task, remarks, same_content
+from perdure.batch.rows import (
+    Defaults,
+    Row,
+    identify,
+    make_task,
+    remarks,
+    same_content,
+    told_id,
+)
 from perdure.batch.runs import Run, find_unsettled, select_where
 from perdure.batch.source import gather
 from perdure.engine import Engine
@@ -129,8 +137,7 @@ class Intake:
         try:
             return identify(raw, self._batch, self._defaults)
         except InvalidTask as error:
-            given = raw.fields.get("id")
-            return _BadRow(raw.line, given if isinstance(given, str) else None, str(error))
+            return _BadRow(raw.line, told_id(raw.fields.get("id")), str(error))
 
     async def _take_group(self, group: Sequence[_Identified]) -> None:
         firsts: dict[str, Row] = {}

@@ -96,8 +96,8 @@ def _result(taken: Taken, run: Sequence[Any] | None) -> dict[str, Any]:
     about.update(zip(_NAMES, run, strict=True))
     about["usage"] = {name: about.pop(name) for name in _USAGE}
     about["labels"] = orjson.loads(about["labels"])
-    files = about["files_created"]
-    about["files_created"] = [] if files is None else orjson.loads(files)
+    for name in ("files_created", "tool_calls"):
+        about[name] = [] if about[name] is None else orjson.loads(about[name])
     return about
 
 

@@ -16,13 +16,13 @@ from perdure.batch.reading import RawRow
 from perdure.errors import InvalidTask
 from perdure.task import MAX_NAME, Task, TaskConstraints
 
-__all__ = ["Defaults", "Row", "batch_name", "identify", "make_task", "remarks"]
+__all__ = ["Defaults", "Row", "batch_name", "identify", "make_task", "remarks", "told_id"]
 
 CONSTRAINTS: Final = frozenset(TaskConstraints.model_fields)
 _PLAIN: Final = frozenset(
     {
         *("prompt", "messages", "platform", "system", "priority", "type", "context"),
-        *("metadata", "files", "options", "fallbacks"),
+        *("metadata", "files", "options", "fallbacks", "output_schema", "tools"),
     }
 )
 FIELDS: Final = _PLAIN | CONSTRAINTS | {"id", "labels", "constraints"}
@@ -33,16 +33,19 @@ _ALIASES: Final[Mapping[str, str]] = {
     "max_output_tokens": "max_tokens",
     "max_completion_tokens": "max_tokens",
     "max_retries": "max_attempts",
+    "stop": "stop_sequences",
+    "effort": "reasoning_effort",
 }
 # Parameters that some platforms know; they are passed on in `options`.
 _PARAMETERS: Final = frozenset(
     {
-        *("top_p", "top_k", "seed", "stop", "stream", "tools", "tool_choice", "response_format"),
-        *("reasoning_effort", "frequency_penalty", "presence_penalty", "logprobs"),
+        *("top_p", "top_k", "seed", "stream", "tool_choice", "response_format"),
+        *("frequency_penalty", "presence_penalty", "logprobs"),
     }
 )
 _ASKING: Final = ("prompt", "messages")
 _LONGEST_ID: Final = 280
+_TOLD: Final = 40
 _EXACT: Final = 2**53
 _NEAR: Final = 0.82
 _RATHER_NEAR: Final = 0.8
@@ -54,11 +57,13 @@ def batch_name(name: str) -> str:
     """Return ``name`` if a batch may have it.
 
     Raises:
-        InvalidTask: It is empty, too long, or has a colon, which ends it in the keys of its rows.
+        InvalidTask: It is empty, too long, can't be printed, or has a colon, which ends it in the
+            keys of its rows.
     """
     if not name.strip() or ":" in name or len(name) > MAX_NAME or not name.isprintable():
         raise InvalidTask(
-            f"--name: a batch needs a name without colons of at most {MAX_NAME} characters"
+            f"--name: a batch needs a name of at most {MAX_NAME} characters, without colons and "
+            "control characters"
         )
     return name
 
@@ -117,7 +122,9 @@ def identify(raw: RawRow, batch: str, defaults: Defaults) -> Row:
     if None in fields.values():
         fields = {name: value for name, value in fields.items() if value is not None}
     own = fields.get("id")
-    if own is not None and (type(own) is not str or not own.strip() or len(own) > _LONGEST_ID):
+    if own is not None and (
+        type(own) is not str or not own.strip() or len(own) > _LONGEST_ID or "\0" in own
+    ):
         own = _own_id(own)
     content = _digest(fields)
     key = f"{batch}:{content if own is None else own}"
@@ -133,7 +140,21 @@ def _own_id(own: Any) -> str:  # noqa: ANN401 - whatever a row may hold
         raise InvalidTask("id: must not be empty; leave it out to have none")
     if len(own) > _LONGEST_ID:
         raise InvalidTask(f"id: is longer than {_LONGEST_ID} characters")
+    if "\0" in own:  # databases end a text there
+        raise InvalidTask("id: contains a NUL character; remove it")
     return own
+
+
+def told_id(own: object) -> str | None:
+    """Return a row's own id as it can be told of a row that can't be run, whatever it is.
+
+    What is too long for an id is cut, what is no Unicode is escaped; None where it is no text.
+    """
+    if not isinstance(own, str):
+        return None
+    if len(own) > _LONGEST_ID:
+        own = own[:_TOLD] + "…"
+    return own.encode("utf-8", "backslashreplace").decode()
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
@@ -167,6 +188,11 @@ def make_task(row: Row, batch: str, defaults: Defaults) -> Task:
                 f"{name}: there is no such field; did you mean {meant!r}? (A label of that name "
                 "goes into 'labels'.)"
             )
+    if "continue_from" in fields:
+        raise InvalidTask(
+            "continue_from: a row can't go on from a task: give its turns as 'messages', or use "
+            "`perdure ask --continue`"
+        )
     if not any(name in fields for name in _ASKING):
         raise InvalidTask(_nothing_asked(unknown))
     given = {name: value for name, value in defaults.fields.items() if name in _PLAIN}

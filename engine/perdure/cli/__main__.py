@@ -1,5 +1,5 @@
 """`python -m perdure.cli` is the same as `perdure`."""
 
-from perdure.cli.main import main
+from perdure.cli.entry import main
 
 main()

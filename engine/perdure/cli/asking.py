@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -33,6 +34,14 @@ async def ask(
         list[Path] | None,
         typer.Option("--file", "-f", metavar="FILE", help="A file that goes along; repeatable."),
     ] = None,
+    continued: Annotated[
+        str | None,
+        typer.Option(
+            "--continue",
+            metavar="ID",
+            help="Go on with the conversation of this completed task.",
+        ),
+    ] = None,
 ) -> int:
     """Ask one thing, and show the answer as it comes.
 
@@ -43,7 +52,8 @@ async def ask(
     from perdure.cli.interrupts import Interrupts, any_of
     from perdure.store.claims import Scope
 
-    asked = _make_task(prompt, task, file or ())
+    earlier = None if continued is None else _whole_id(session, continued)
+    asked = _make_task(prompt, task, file or (), earlier)
     scope = Scope(task_ids=frozenset())
     async with session.engine(run=True, create=True, scope=scope) as engine:
         task_id = await engine.submit_task(asked)
@@ -69,14 +79,33 @@ async def ask(
     return _say_how_it_ended(session, result, interrupted=interrupts.interrupted)
 
 
-def _make_task(prompt: str, options: TaskOptions, files: Any) -> Task:  # noqa: ANN401
+def _whole_id(session: Session, given: str) -> str:
+    """Return the id of the task that ``given`` is a part of; as it is where there is none."""
+    from perdure.cli.finding import resolve
+    from perdure.errors import TaskNotFound
+    from perdure.store.readonly import Reader
+
+    try:
+        with Reader.open(session.url) as reader:
+            return resolve(reader, given)
+    except TaskNotFound:  # the engine says so, as it does to everybody
+        return given
+
+
+def _make_task(
+    prompt: str,
+    options: TaskOptions,
+    files: Sequence[Path],
+    continued: str | None,
+) -> Task:
     from perdure.task import Task, TaskConstraints
 
-    options.check()
+    options.check(runs_here=True)
     return Task(
         prompt=_from_stdin() if prompt == "-" else prompt,
         files=tuple(str(file) for file in files),
         constraints=TaskConstraints(**options.constraints()),
+        continue_from=continued,
         **options.task_fields(),
     )
 
@@ -108,7 +137,7 @@ def _show_event(event: Event, streamed: Streamed | None) -> None:
         case Running() if event.mode == "restart" and streamed is not None and streamed.written:
             streamed.begin_again()
         case AttemptFailed():
-            follows = "the next platform is asked" if event.next == "fallback" else "it tries again"
+            follows = _FOLLOWS[event.next]
             if streamed is not None:
                 streamed.end()
             complain(
@@ -119,6 +148,14 @@ def _show_event(event: Event, streamed: Streamed | None) -> None:
             complain(f"attempt {event.attempt} was lost; it goes on")
         case _:
             pass
+
+
+_FOLLOWS: Final = {
+    "retry": "it tries again",
+    "fallback": "the next platform is asked",
+    "reattach": "it is picked up where it was",
+    "repair": "it is asked to correct it",
+}
 
 
 class Streamed:
@@ -168,6 +205,8 @@ class Streamed:
 
 def _place_in_file() -> int | None:
     """Return where stdout begins in the file it goes to; None where it goes to no file."""
+    import fcntl
+
     try:
         descriptor = sys.stdout.fileno()
         about = os.fstat(descriptor)
@@ -175,7 +214,10 @@ def _place_in_file() -> int | None:
         return None
     if not stat.S_ISREG(about.st_mode):
         return None
-    return max(os.lseek(descriptor, 0, os.SEEK_CUR), 0) or 0
+    # With `>>` it stands at 0, and means the end.
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND:
+        return about.st_size
+    return os.lseek(descriptor, 0, os.SEEK_CUR)
 
 
 def _as_json(result: Result) -> dict[str, Any]:
@@ -190,10 +232,9 @@ def _as_json(result: Result) -> dict[str, Any]:
 def _say_how_it_ended(session: Session, result: Result, *, interrupted: bool) -> int:
     look = session.command_line("output", result.task_id)
     if result.success:
+        tokens = "unknown" if result.tokens_used is None else count(result.tokens_used)
         parts = [
-            "tokens unknown"
-            if result.tokens_used is None
-            else f"{count(result.tokens_used)} tokens",
+            f"{tokens} tokens",
             "cost unknown" if result.cost is None else dollars(result.cost),
             seconds(result.duration_seconds),
         ]

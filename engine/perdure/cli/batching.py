@@ -88,7 +88,7 @@ async def run(
     from perdure.store.claims import Scope
     from perdure.worker import WorkerSettings
 
-    source, batch, defaults = _prepare(file, name, task, out)
+    source, batch, defaults = _prepare(file, name, task, out, runs_here=True)
     scope = Scope(batch=batch)
     settings = WorkerSettings(concurrency=concurrency)
     written = None
@@ -138,7 +138,7 @@ async def submit(
         return await _submit_one(session, prompt or "", task)
     from perdure.batch import Ledger, each_result
 
-    source, batch, defaults = _prepare(file, name, task, None)
+    source, batch, defaults = _prepare(file, name, task, None, runs_here=False)
     with Ledger() as ledger:
         async with session.engine(create=True) as engine:
             intake = _intake(engine, source, batch, defaults, retry_failed, ledger)
@@ -179,13 +179,13 @@ async def _submit_one(session: Session, prompt: str, options: TaskOptions) -> in
 
 
 def _prepare(
-    file: str, name: str | None, options: TaskOptions, out: Path | None
+    file: str, name: str | None, options: TaskOptions, out: Path | None, *, runs_here: bool
 ) -> tuple[Source, str, Defaults]:
     """Check everything that can be checked before anything is written."""
     from perdure.batch import Defaults, batch_name, open_source
     from perdure.wholefile import WholeFile
 
-    options.check()
+    options.check(runs_here=runs_here)
     source = open_source(file)
     batch = batch_name(source.batch if name is None else name)
     if out is not None and str(out) != "-":

@@ -11,7 +11,7 @@ from enum import IntEnum
 import typer
 
 from perdure.cli.terminal import complain
-from perdure.errors import InvalidTask, PerdureError, UnknownPlatform
+from perdure.errors import InvalidConfig, InvalidTask, PerdureError, UnknownPlatform
 
 __all__ = ["ExitCode", "guarded"]
 
@@ -63,7 +63,7 @@ def _report(error: Exception) -> ExitCode:
         traceback.print_exception(error)
     if isinstance(error, PerdureError):
         complain(str(error))
-        wrong_input = isinstance(error, (InvalidTask, UnknownPlatform))
+        wrong_input = isinstance(error, (InvalidConfig, InvalidTask, UnknownPlatform))
         return ExitCode.USAGE if wrong_input else ExitCode.FATAL
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""

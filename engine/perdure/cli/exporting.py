@@ -104,6 +104,7 @@ def _events(reader: Reader, where: str, parameters: Mapping[str, object]) -> Ite
     """Yield the events of the tasks that match, in the order of the log."""
     of_these = f"EXISTS (SELECT 1 FROM tasks AS t WHERE t.stream_id = e.stream_id AND {where})"
     query = events_query(
+        reader,
         ("" if where == "true" else f"{of_these} AND ")
         + "e.position > :after AND e.position <= :last",
         "e.position",

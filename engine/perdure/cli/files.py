@@ -15,7 +15,7 @@ from perdure.cli.progress import progress
 from perdure.cli.session import Session
 from perdure.cli.terminal import say, show_json
 from perdure.errors import DatabaseUnavailable, PerdureError
-from perdure.store.readonly import REVISION, Reader, path_of, reading_errors, refuse_missing
+from perdure.store.readonly import REVISION, Reader, on_server, reading_errors, refuse_missing
 
 __all__ = ["backup", "size_on_disk", "stored_revision", "upgrade", "vacuum"]
 
@@ -40,18 +40,21 @@ def size_on_disk(path: Path) -> int:
 def upgrade(session: Session) -> None:
     """Bring the database's schema up to that of this perdure.
 
-    Commands that write do so by themselves; those that only look ask for it.
+    On a file, commands that write do so by themselves; those that only look ask for it. A
+    PostgreSQL database is set up and upgraded by this command only; any number at once is fine.
     """
-    path = path_of(session.url)
-    refuse_missing(path)
-    before = stored_revision(path)
-    session.database().prepare(create=False)
+    database = session.database()
+    if not on_server(session.url):
+        refuse_missing(database.path)
+    before = database.revision()
+    database.upgrade()
+    place = database.dialect.place
     if session.json:
         show_json({"before": before, "after": REVISION})
     elif before == REVISION:
-        say(f"{path} has schema {REVISION} already.")
+        say(f"{place} has schema {REVISION} already.")
     else:
-        say(f"{path} has schema {REVISION} now; it had {before or 'none'}.")
+        say(f"{place} has schema {REVISION} now; it had {before or 'none'}.")
 
 
 # -- backup --------------------------------------------------------------------------------------
@@ -67,6 +70,11 @@ def backup(
     The copy is a database as any other: --db FILE looks at it. It is checked before it is put in
     its place, and readable by its owner only.
     """
+    if on_server(session.url):
+        raise PerdureError(
+            "a database on a server is backed up with its own tools: pg_dump for a copy, "
+            "continuous archiving for every commit; docs/deploy.md shows both"
+        )
     with Reader.open(session.url) as reader:
         target = Path(os.path.realpath(file.expanduser()))
         _refuse_target(reader.path, target, force=force)
@@ -148,14 +156,14 @@ def vacuum(
     """
     database = session.database()
     database.prepare(create=False)
-    before = size_on_disk(database.path)
+    before = database.dialect.size()
     writer = database.writer()
     try:
         writer.vacuum(full=full)
     finally:
         writer.close()
-    after = size_on_disk(database.path)
+    after = database.dialect.size()
     if session.json:
         show_json({"bytes_before": before, "bytes_after": after})
     else:
-        say(f"{database.path}: {size(before)} before, {size(after)} now")
+        say(f"{database.dialect.place}: {size(before)} before, {size(after)} now")

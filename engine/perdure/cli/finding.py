@@ -89,28 +89,12 @@ class Filters:
             yield "t.submitted_at < :until"
         for number, (name, value) in enumerate(self.labels.items()):
             found[f"name{number}"], found[f"value{number}"] = name, value
-            yield (
-                "EXISTS (SELECT 1 FROM json_each(t.labels) AS label "
-                f"WHERE label.key = :name{number} AND label.value = :value{number})"
-            )
+            yield reader.has_label(f"name{number}", f"value{number}")
         if self.latest:
             yield "NOT EXISTS (SELECT 1 FROM tasks AS again WHERE again.retry_of = t.task_id)"
         if self.search is not None:
-            yield self._contains(reader, self.search, found)
-
-    def _contains(self, reader: Reader, text: str, found: dict[str, object]) -> str:
-        columns = ("t.prompt", "t.output", "t.partial_output")
-        if text.isascii():
-            found["search"] = f"%{_escaped(text)}%"
-            return "(" + " OR ".join(rf"{c} LIKE :search ESCAPE '\'" for c in columns) + ")"
-        # SQLite knows upper and lower case of ASCII letters only.
-        sought = text.casefold()
-
-        def mentions(stored: str | None) -> bool:
-            return stored is not None and sought in stored.casefold()
-
-        reader.connection.create_function("perdure_mentions", 1, mentions, deterministic=True)
-        return "(" + " OR ".join(f"perdure_mentions({c})" for c in columns) + ")"
+            columns = ("t.prompt", "t.output", "t.partial_output")
+            yield reader.mentions(columns, self.search, found)
 
 
 @dataclass(frozen=True, slots=True)

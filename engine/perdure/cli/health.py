@@ -9,43 +9,32 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from perdure.cli.exits import ExitCode
 from perdure.cli.figures import UNKNOWN, of_these, size, things
 from perdure.cli.files import size_on_disk, stored_revision
+from perdure.cli.findings import Finding, State
 from perdure.cli.session import Session
 from perdure.cli.tables import paint, tab_line, table
 from perdure.cli.terminal import is_terminal, one_line, show, show_json
 from perdure.errors import DatabaseIncompatible, PerdureError
-from perdure.store.readonly import REVISION, Reader, path_of, refuse_missing
+from perdure.store.readonly import REVISION, Reader, on_server, path_of, refuse_missing
 from perdure.text import printable
 
 if TYPE_CHECKING:
     from perdure.adapter import Adapter
+    from perdure.store.database import Database
 
 __all__ = ["doctor", "platforms"]
-
-State = Literal["ok", "note", "warning", "broken"]
 
 # The first one without the WAL-reset race: https://sqlite.org/wal.html#walresetbug
 _SAFE_SQLITE: Final = (3, 51, 3)
 _LITTLE_SPACE: Final = 256 * 2**20
 _LEASE_SECONDS: Final = 30
 _STYLES: Final = {"ok": "completed", "note": "dim", "warning": "cancelled", "broken": "failed"}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    name: str
-    state: State
-    value: str
-    hint: str | None = None
-    """What to do about it."""
 
 
 def doctor(session: Session) -> int:
@@ -73,6 +62,13 @@ def doctor(session: Session) -> int:
 def _examine(session: Session) -> Iterator[Finding]:
     yield from _versions()
     try:
+        if on_server(session.url):
+            from perdure.cli.serverhealth import examine_server
+
+            yield from examine_server(session.database())
+            with Reader.open(session.url) as reader:
+                yield from _work(reader, session.database())
+            return
         path = path_of(session.url)
         yield from _file(path, named=session.db is not None)
         if path.is_file():
@@ -141,9 +137,11 @@ def _content(path: Path) -> Iterator[Finding]:
         yield Finding("schema", "broken", revision or "none", str(error))
         return
     yield Finding("schema", "ok", str(revision))
+    from perdure.store.database import Database
+
     with reader:
         yield from _soundness(reader)
-        yield from _work(reader)
+        yield from _work(reader, Database(path))
 
 
 def _soundness(reader: Reader) -> Iterator[Finding]:
@@ -172,16 +170,14 @@ def _value(reader: Reader, query: str) -> Any:  # noqa: ANN401 - whatever it is
     return None if row is None else row[0]
 
 
-def _work(reader: Reader) -> Iterator[Finding]:
+def _work(reader: Reader, database: Database) -> Iterator[Finding]:
     import asyncio
 
     from perdure.store.claims import find_lost
-    from perdure.store.database import Database
 
     async def look() -> list[str]:
-        database = Database(reader.path)
         try:
-            return await find_lost(database, timedelta(seconds=_LEASE_SECONDS), datetime.now(UTC))
+            return await find_lost(database, timedelta(seconds=_LEASE_SECONDS), database.now)
         finally:
             await database.close()
 
@@ -244,7 +240,7 @@ def _each_platform() -> Iterator[Usable]:
     from perdure.errors import NotConfigured
     from perdure.platforms import Platforms
 
-    found = Platforms()
+    found = Platforms.configured()
     for name in found.names:
         try:
             adapter = found.get(name)

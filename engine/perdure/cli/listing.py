@@ -20,6 +20,7 @@ from perdure.store.readonly import Reader
 
 __all__ = ["list_tasks"]
 
+_ALL: Final = 2**62
 _LISTED: Final = """
     t.task_id, t.status, t.platform, t.model, t.batch, t.submitted_at, t.started_at, t.ended_at,
     t.input_tokens, t.output_tokens, t.cost_usd, substr(t.prompt, 1, 200) AS prompt
@@ -46,7 +47,7 @@ def list_tasks(
         rows = reader.rows(
             f"SELECT {columns} FROM tasks AS t WHERE {where} "
             "ORDER BY t.stream_id DESC LIMIT :limit",
-            {**parameters, "limit": limit + 1 if limit else -1},
+            {**parameters, "limit": limit + 1 if limit else _ALL},
         )
         found = _limited(rows, limit)
         if session.json:

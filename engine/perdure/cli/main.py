@@ -1,10 +1,12 @@
-"""The program: all commands, put together, and the console entry point."""
+"""The program: all commands, put together."""
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,11 +69,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows `perdure`; default: what the process was given.
     """
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:  # no terminal or locale makes a text unshowable
             reconfigure(errors="backslashreplace")
     return guarded(lambda: _run(arguments))
+
+
+def _open_what_is_closed() -> None:
+    """Let what is written to a stream that the process was started without go nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # as after `>&-`
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -107,7 +117,7 @@ def _usage(error: Exception) -> int:
 
 
 def main() -> None:
-    """Run the command line of this process and end it: the console entry point."""
+    """Run the command line of this process and end it."""
     # Importing what talks to databases, and reading a million rows, make many objects and few
     # cycles: looking for these less often saves a tenth to a fifth of the time.
     gc.set_threshold(50_000, 20, 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
 import typer
@@ -94,6 +95,42 @@ class TaskOptions:
             rich_help_panel=_PANEL,
         ),
     ] = None
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            "--effort",
+            metavar="LEVEL",
+            help="How much the model thinks first: none, minimal, low, medium or high.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stop",
+            metavar="TEXT",
+            help="Where the platform stops; repeatable.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    schema: Annotated[
+        Path | None,
+        typer.Option(
+            "--schema",
+            metavar="FILE",
+            help="A JSON schema that the output has to satisfy; it is checked.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            "--tools",
+            metavar="FILE",
+            help="A JSON list of functions the model may ask for: name, description, parameters.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,6 +160,8 @@ class TaskOptions:
             "timeout_seconds": self.timeout,
             "max_attempts": self.max_attempts,
             "recovery": self.recovery,
+            "reasoning_effort": self.effort,
+            "stop_sequences": self.stop or None,
         }
         return {name: value for name, value in given.items() if value is not None}
 
@@ -130,30 +169,47 @@ class TaskOptions:
         """Return the other fields of a task that were given.
 
         Raises:
-            typer.BadParameter: An option or a label is no NAME=VALUE.
+            typer.BadParameter: An option or a label is no NAME=VALUE, or a file holds no JSON.
         """
         options = {name: _parsed(text) for name, text in key_values(self.option, "--option")}
         given = {
             "platform": self.platform,
             "system": self.system,
-            "options": options,
-            "labels": dict(key_values(self.label, "--label")),
+            "options": options or None,
+            "labels": dict(key_values(self.label, "--label")) or None,
+            "output_schema": _json_file(self.schema, "--schema"),
+            "tools": _json_file(self.tools, "--tools"),
         }
-        return {name: value for name, value in given.items() if value}
+        return {name: value for name, value in given.items() if value is not None}
 
-    def check(self) -> None:
+    def check(self, *, runs_here: bool = False) -> None:
         """Raise an error where the options make no sense, whatever the task is.
+
+        Args:
+            runs_here: Whether the platform has to be usable on this machine, too: ten thousand
+                tasks that all fail for want of a key help nobody.
 
         Raises:
             InvalidTask: A value isn't possible.
             UnknownPlatform: There is no such platform.
+            NotConfigured: The platform lacks something on this machine.
         """
         from perdure.platforms import Platforms
-        from perdure.task import TaskConstraints
+        from perdure.structured import check_schema
+        from perdure.task import Task, TaskConstraints
 
         TaskConstraints(**self.constraints())
+        if self.schema is not None or self.tools is not None:
+            asked = Task(prompt="-", **self.task_fields())
+            if asked.output_schema is not None:
+                check_schema(asked.output_schema)
         if self.platform is not None:
-            Platforms().check(self.platform)
+            platforms = Platforms.configured()
+            platforms.check(self.platform)
+            if runs_here:
+                usable: Any = getattr(platforms.get(self.platform), "check", None)
+                if usable is not None:  # adapters of others need not have it
+                    usable()
 
 
 def key_values(given: Iterable[str] | None, option: str) -> list[tuple[str, str]]:
@@ -169,6 +225,18 @@ def key_values(given: Iterable[str] | None, option: str) -> list[tuple[str, str]
             raise typer.BadParameter(f"{text!r} is no NAME=VALUE", param_hint=option)
         pairs.append((name.strip(), value))
     return pairs
+
+
+def _json_file(path: Path | None, option: str) -> Any:  # noqa: ANN401 - what JSON holds
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problem = f"can't read {path}: {error.strerror}"
+    except ValueError as error:
+        problem = f"{path} is no JSON: {error}"
+    raise typer.BadParameter(problem, param_hint=option)
 
 
 def _parsed(text: str) -> Any:  # noqa: ANN401 - what JSON holds

@@ -102,6 +102,11 @@ def _ask(reader: Reader, query: str) -> tuple[Sequence[str], Iterator[Sequence[o
     Raises:
         PerdureError: It isn't one statement that reads, or SQLite can't make sense of it.
     """
+    if reader.dialect != "sqlite":
+        from perdure.store.postgresql_reader import PostgresqlReader
+
+        if isinstance(reader, PostgresqlReader):
+            return reader.ask(query)
     refused: list[str] = []
 
     def judge(action: int, first: Any, *_more: Any) -> int:  # noqa: ANN401
@@ -163,6 +168,12 @@ _SCHEMA_COLUMNS: Final = ("table", "kind", "column", "type")
 
 def _columns(reader: Reader) -> Iterator[Sequence[str]]:
     """Yield table, kind, column and type for everything that people may ask for."""
+    if reader.dialect != "sqlite":
+        from perdure.store.postgresql_reader import PostgresqlReader
+
+        if isinstance(reader, PostgresqlReader):
+            yield from reader.columns()
+            return
     kinds = reader.rows(
         "SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view') "
         "AND name NOT LIKE 'sqlite_%' AND name <> 'alembic_version' ORDER BY type, name"

@@ -58,6 +58,7 @@ TASK_COLUMNS: Final = (
     "retry_of",
     "labels",
     "files_created",
+    "tool_calls",
 )
 
 ENDED: Final = frozenset({"completed", "failed", "cancelled"})
@@ -74,11 +75,11 @@ EVENT_COLUMNS: Final = (
 )
 
 
-def events_query(condition: str, order: str) -> str:
+def events_query(reader: Reader, condition: str, order: str) -> str:
     """Return the query for events as they are stored, with a condition on `events AS e`."""
     return (
         "SELECT e.position, s.task_id, e.version, e.type, e.schema_version, e.data, "
-        "e.recorded_at, lower(hex(e.digest)) AS digest "
+        f"e.recorded_at, {reader.hexed('e.digest')} AS digest "
         f"FROM events AS e JOIN streams AS s ON s.stream_id = e.stream_id "
         f"WHERE {condition} ORDER BY {order}"
     )
@@ -90,6 +91,7 @@ def record_of(row: sqlite3.Row) -> dict[str, Any]:
     record["cancel_requested"] = bool(record["cancel_requested"])
     record["labels"] = _json(record["labels"]) or {}
     record["files_created"] = _json(record["files_created"]) or []
+    record["tool_calls"] = _json(record["tool_calls"]) or []
     return record
 
 
@@ -122,10 +124,8 @@ def text_so_far(reader: Reader, task_id: str) -> str:
 
 def event_rows(reader: Reader, task_id: str, after: int = 0) -> Iterator[sqlite3.Row]:
     """Iterate over a task's events after a version, as they are stored."""
-    return reader.rows(_OF_ONE_TASK, {"task_id": task_id, "after": after})
-
-
-_OF_ONE_TASK: Final = events_query("s.task_id = :task_id AND e.version > :after", "e.version")
+    query = events_query(reader, "s.task_id = :task_id AND e.version > :after", "e.version")
+    return reader.rows(query, {"task_id": task_id, "after": after})
 
 
 def event_record(row: sqlite3.Row) -> dict[str, Any]:

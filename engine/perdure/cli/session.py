@@ -64,6 +64,17 @@ class Session:
 
         return default_database()
 
+    @property
+    def shown_db(self) -> str:
+        """What was named with `--db`, without a password, for people to read."""
+        from perdure.store.readonly import on_server
+
+        if self.db is None or not on_server(self.db):
+            return self.db or ""
+        from perdure.store.database import parse_url
+
+        return parse_url(self.db).set(drivername="postgresql").render_as_string(hide_password=True)
+
     def database(self) -> Database:
         """Return the database, not opened yet."""
         from perdure.store.database import Database
@@ -98,7 +109,7 @@ class Session:
         """Return a perdure command on this database, for people to copy into their shell."""
         import shlex
 
-        named = () if self.db is None else ("--db", self.db)
+        named = () if self.db is None else ("--db", self.shown_db)
         return shlex.join(("perdure", *arguments, *named))
 
 

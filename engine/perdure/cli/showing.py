@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -119,7 +120,11 @@ def _facts(known: Known) -> Iterator[tuple[str, str | None]]:
     yield "options", _pairs(definition.get("options") or {})
     yield "metadata", _pairs(definition.get("metadata") or {})
     yield "files", ", ".join(_file(file) for file in definition.get("files") or ())
+    yield "continues", definition.get("continue_from")
+    yield "tools", ", ".join(tool["name"] for tool in definition.get("tools") or ())
+    yield "schema", "yes" if definition.get("output_schema") is not None else None
     yield "created", ", ".join(known["files_created"])
+    yield "called", "; ".join(_call(call) for call in known["tool_calls"])
     yield "usage", _usage(known)
     if known["cost_usd"] is not None:
         yield "cost", dollars(known["cost_usd"])
@@ -200,6 +205,15 @@ def _joined(platform: str, model: str | None) -> str:
 
 def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _call(call: Any) -> str:  # noqa: ANN401 - what the model made of it
+    """Return a tool call as one would write it; one that the model garbled as it is."""
+    match call:
+        case {"name": str(name), "arguments": arguments}:
+            return f"{name}({json.dumps(arguments, ensure_ascii=False)})"
+        case _:
+            return str(call)
 
 
 def _file(file: object) -> str:

@@ -47,8 +47,6 @@ _SUMS: Final = ", ".join(
 # Wider than any line, where nobody looks at it on a terminal.
 _NEVER_CUT: Final = 1_000_000
 
-_RAN: Final = "(julianday(t.ended_at) - julianday(t.started_at)) * 86400"
-
 
 def stats(
     session: Session,
@@ -105,8 +103,9 @@ def _durations(
 ) -> dict[tuple[str, str | None], array[float]]:
     """Return the seconds that completed tasks ran, by platform and model."""
     found: dict[tuple[str, str | None], array[float]] = {}
+    ran = reader.seconds("t.started_at", "t.ended_at")
     rows = reader.rows(
-        f"SELECT t.platform, t.model, {_RAN} FROM tasks AS t WHERE {where} "
+        f"SELECT t.platform, t.model, {ran} FROM tasks AS t WHERE {where} "
         "AND t.status = 'completed'",
         parameters,
     )

@@ -128,7 +128,7 @@ class Summary:
 
 
 def _command(session: Session, query: str) -> str:
-    named = "" if session.db is None else f" --db {shlex.quote(session.db)}"
+    named = "" if session.db is None else f" --db {shlex.quote(session.shown_db)}"
     if any(character in query for character in '"$`\\!'):
         return f"perdure sql{named} {shlex.quote(query)}"
     return f'perdure sql{named} "{query}"'

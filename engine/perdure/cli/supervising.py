@@ -45,6 +45,8 @@ async def supervise(
             engine.worker.stop_when_done()
         await any_of(interrupts.first, interrupts.terminated, work=(running,))
         complete = fed is None or fed.done()
+        if interrupts.interrupted:
+            engine.worker.stop_claiming()
         await _end(fed)
         if not running.done():
             await _stop(engine, interrupts, running)
@@ -66,7 +68,6 @@ async def _end(fed: asyncio.Task[None] | None) -> None:
 async def _stop(engine: Engine, interrupts: Interrupts, running: asyncio.Task[None]) -> None:
     """Let what runs end as the user wishes: by itself, cancelled, or handed back."""
     worker = engine.worker
-    worker.stop_claiming()
     if not interrupts.terminated.is_set():
         if worker.running:
             say(

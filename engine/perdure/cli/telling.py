@@ -106,10 +106,18 @@ def _tell_start(event: Submitted | Running | Accepted, quoted: int) -> str:
             )
 
 
+_FOLLOWS: Final = {
+    "retry": "the next attempt",
+    "fallback": "the next platform",
+    "reattach": "the same call is picked up",
+    "repair": "the answer is handed back",
+}
+
+
 def _tell_trouble(event: AttemptFailed | Interrupted | CancelRequested) -> str:
     match event:
         case AttemptFailed():
-            follows = "the next platform" if event.next == "fallback" else "the next attempt"
+            follows = _FOLLOWS[event.next]
             at = clock(event.retry_at.isoformat())
             return _list(
                 f"attempt {event.attempt}: {event.error_class}: {one_line(event.message)}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -189,4 +190,23 @@ async def redact(
                 say(f"{row['task_id']}: the content of {things(changed, 'event')} was removed")
             else:
                 say(f"{row['task_id']}: its content had been removed before")
+    _name_descendants(session, [row["task_id"] for row in rows])
     return ExitCode.OK
+
+
+def _name_descendants(session: Session, removed: Collection[str]) -> None:
+    """Say which tasks went on from those whose content was removed: they may hold its text."""
+    with Reader.open(session.url) as reader:
+        found = [
+            row["task_id"]
+            for one in removed
+            for row in reader.rows(
+                "SELECT task_id FROM tasks WHERE parent = ? AND prompt IS NOT NULL", (one,)
+            )
+            if row["task_id"] not in removed
+        ]
+    if found:
+        say(
+            f"{things(len(found), 'task')} came out of what was removed, and may hold its text: "
+            f"`{session.command_line('redact', *found)}`"
+        )

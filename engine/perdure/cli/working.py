@@ -48,7 +48,7 @@ async def worker(
     named = tuple(name.strip() for given in platforms or () for name in given.split(","))
     if "" in named:
         raise InvalidTask("--platforms: give names, separated by commas")
-    installed = Platforms()
+    installed = Platforms.configured()
     for name in named:
         installed.check(name)
     say(f"This worker runs tasks of {', '.join(named or installed.names)}. Ctrl-C stops it.")

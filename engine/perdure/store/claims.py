@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from perdure.events import Event, Running, Submitted, decode
 from perdure.lifecycle import TaskState
 from perdure.store.database import Database
 from perdure.store.projection import TaskFold
-from perdure.store.schema import blobs, events, tasks, workers
+from perdure.store.schema import blobs, events, streams, tasks, workers
 from perdure.store.transaction import IN_LIMIT, Transaction, chunks_of
 from perdure.task import TaskStatus
 
@@ -70,7 +71,7 @@ class Claimed:
         task_id: The task.
         state: Where it stands, the claim included.
         submitted: What was asked for.
-        output: The text so far, where the attempt goes on from it.
+        output: The text before the claim: to go on from, or to be repaired.
         previous: The state before the claim: what there is to re-attach to.
     """
 
@@ -100,9 +101,11 @@ def claim(
     due = tx.connection.scalars(
         sa.select(tasks.c.task_id)
         .where(tasks.c.status == "pending", tasks.c.available_at <= tx.at, *scope.conditions())
+        .join(streams, streams.c.stream_id == tasks.c.stream_id)
         .order_by(tasks.c.priority, tasks.c.stream_id)
         .limit(limit)
-        .with_for_update(skip_locked=True)
+        # The stream is what everyone locks first, before any row of `tasks`.
+        .with_for_update(skip_locked=True, of=streams)
     ).all()
     folds = _folds(tx, due)
     asked = _submitted(tx, folds.values())
@@ -111,6 +114,7 @@ def claim(
         before = fold.state
         if before.status is not TaskStatus.PENDING:
             continue  # cancelled in this very transaction, whose rows come last
+        output = fold.text  # a new beginning forgets it, and an answer to be repaired is needed
         started = Running(
             attempt=before.attempt + 1,
             worker=worker,
@@ -119,7 +123,7 @@ def claim(
             mode=before.next_mode,
         )
         tx.append(task_id, (started,), before.version)
-        claimed.append(Claimed(task_id, fold.state, asked[fold.stream_id], fold.text, before))
+        claimed.append(Claimed(task_id, fold.state, asked[fold.stream_id], output, before))
     if claimed:
         beat(tx, worker)  # who owns something is never without a row that says it is alive
     return claimed
@@ -224,14 +228,19 @@ def forget_worker(tx: Transaction, worker: str) -> None:
 
 async def find_lost(database: Database, lease: timedelta, now: datetime) -> list[str]:
     """Return the workers that are gone, and owners of running tasks that nobody knows."""
+
     # The owners first: one that registers and claims in between must not look unknown.
-    owners = await database.rows(
-        sa.select(tasks.c.worker).where(tasks.c.status == "running").distinct()
-    )
-    rows = await database.rows(sa.select(workers))
+    async def look(connection: AsyncConnection) -> tuple[list[str], list[sa.RowMapping]]:
+        owners = await connection.scalars(
+            sa.select(tasks.c.worker).where(tasks.c.status == "running").distinct()
+        )
+        known = await connection.execute(sa.select(workers))
+        return [str(owner) for owner in owners], list(known.mappings())
+
+    owners, rows = await database.read(look)
     gone = [row["worker_id"] for row in rows if not _alive(row, lease, now)]
     known = {row["worker_id"] for row in rows}
-    return [*gone, *(row["worker"] for row in owners if row["worker"] not in known)]
+    return [*gone, *(owner for owner in owners if owner not in known)]
 
 
 def _alive(row: sa.RowMapping, lease: timedelta, now: datetime) -> bool:
@@ -268,8 +277,9 @@ def recover(
     owned = tx.connection.scalars(
         sa.select(tasks.c.task_id)
         .where(tasks.c.status == "running", tasks.c.worker == lost)
+        .join(streams, streams.c.stream_id == tasks.c.stream_id)
         .limit(_BATCH)
-        .with_for_update(skip_locked=True)
+        .with_for_update(skip_locked=True, of=streams)
     ).all()
     folds = _folds(tx, owned)
     asked = _submitted(tx, folds.values())

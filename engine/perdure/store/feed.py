@@ -8,8 +8,9 @@ Everything here runs on the event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from functools import partial
 from typing import Final
 
@@ -30,6 +31,8 @@ PAGE: Final = 500
 MAILBOX: Final = 2000
 # With more streams than that to follow, naming them all costs more than looking at every event.
 MOST_NAMED: Final = 200
+# For what is being fetched when the log is closed: by a database that is gone, never.
+CATCH_UP_SECONDS: Final = 2.0
 
 SELECT_EVENTS: Final = sa.select(
     events.c.position,
@@ -64,7 +67,7 @@ class Feed:
         self._stale = False
         self._unheard = False  # others committed something while nobody listened
         self._failed: PerdureError | None = None
-        self._readers: set[_Reader] = set()
+        self._readers: set[_Reader | _Ending] = set()
         self.on_active: Callable[[], None] = lambda: None
 
     @property
@@ -143,6 +146,24 @@ class Feed:
             stop()
             self._readers.discard(reader)
 
+    @contextlib.contextmanager
+    def ending(self, task_id: str) -> Generator[asyncio.Future[None], None, None]:
+        """Give what is done when the task ends from now on; look first whether it has ended.
+
+        The future raises `EngineClosed` when the engine is closed before.
+        """
+        ending = _Ending()
+        if self._failed is not None:
+            ending.fail(self._failed)
+        self._readers.add(ending)
+        stop = self.listen(task_id, ending.receive)
+        try:
+            yield ending.future
+        finally:
+            stop()
+            self._readers.discard(ending)
+            ending.future.cancel()
+
     async def _replay(self, task_id: str, after: int) -> AsyncGenerator[RecordedEvent, None]:
         while True:
             page = await self._database.rows(
@@ -174,6 +195,11 @@ class Feed:
             self._fetch()
         else:
             self._unheard = True
+
+    async def catch_up(self) -> None:
+        """Wait until what is known to be committed was handed on; not for long."""
+        if self._fetching is not None:
+            await asyncio.wait({self._fetching}, timeout=CATCH_UP_SECONDS)
 
     def close(self, error: PerdureError | None = None) -> None:
         """End all readers."""
@@ -241,6 +267,22 @@ async def _between(
     rows = await connection.execute(news.order_by(events.c.position))
     names = frozenset(wanted)
     return [recorded(row) for row in rows.mappings() if row["task_id"] in names]
+
+
+class _Ending:
+    """Somebody who wants to know of nothing but the end."""
+
+    def __init__(self) -> None:
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def receive(self, event: RecordedEvent) -> None:
+        if event.event.ends_task and not self.future.done():
+            self.future.set_result(None)
+
+    def fail(self, error: PerdureError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+            self.future.exception()  # nobody need be waiting for it
 
 
 class _Reader:

@@ -14,14 +14,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
 from sqlalchemy.exc import IntegrityError
 
 from perdure.errors import DatabaseCorrupt, EngineClosed, PerdureError, StoreError
-from perdure.events import Event, RecordedEvent
+from perdure.events import AttemptFailed, Event, Interrupted, RecordedEvent, Submitted
 from perdure.store.database import Database, Writer
+from perdure.store.dialect import News
 from perdure.store.feed import Feed
 from perdure.store.transaction import FoldCache, Transaction
 
@@ -33,6 +34,8 @@ Work = Callable[[Transaction], T]
 # A look costs some microseconds; readers in this process learn of other processes' commits by it.
 POLL_SECONDS: Final = 0.01
 MAX_BATCH: Final = 1000
+# A busy writer tells other processes of its commits so often, an idle one at once.
+TELL_SECONDS: Final = 0.01
 # SQLite's busy handler polls: without a gap, a busy process starves the others.
 FAIR_PAUSE_SECONDS: Final = 0.003
 FAIR_FOR_SECONDS: Final = 1.0
@@ -62,8 +65,12 @@ class EventLog:
         self._queue: queue.SimpleQueue[_Request[Any] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._listener = database.dialect.listener(self._hear, lambda: self.feed.active)
+        self._listening: asyncio.Task[None] | None = None
+        self._on_work: Callable[[], None] = lambda: None
         self._closed = False
         self._broken: StoreError | None = None
+        self._untold: list[RecordedEvent] = []
 
     async def open(self) -> None:
         """Start the writer thread.
@@ -72,13 +79,35 @@ class EventLog:
             StoreError: The database can't be opened.
         """
         self._loop = asyncio.get_running_loop()
-        self.feed.on_active = lambda: self._queue.put(_NUDGE)
+        self.feed.on_active = self._look_for_others
         started: asyncio.Future[int] = self._loop.create_future()
         self._thread = threading.Thread(
             target=self._run, args=(started,), name="perdure-writer", daemon=True
         )
         self._thread.start()
         self.feed.start(await started)
+
+    @property
+    def hears(self) -> bool:
+        """Whether this process is told of others' commits, and need not look for work itself."""
+        return self._listener is not None and self._listener.hears
+
+    def on_work(self, callback: Callable[[], None]) -> None:
+        """Call ``callback``, on the event loop, when other processes have left something to do."""
+        self._on_work = callback
+        self._look_for_others()
+
+    def _look_for_others(self) -> None:
+        """Begin to notice other processes' commits."""
+        if self._listener is None:
+            self._queue.put(_NUDGE)
+        elif self._listening is None and not self._closed:
+            self._listening = asyncio.get_running_loop().create_task(self._listener.run())
+
+    def _hear(self, news: News) -> None:
+        self.feed.others_committed()
+        if news.work:
+            self._on_work()
 
     async def append(self, task_id: str, events: Sequence[Event], expected: int | None) -> int:
         """Append events to a stream and return its new version, once they are committed.
@@ -126,7 +155,11 @@ class EventLog:
         if self._closed:
             return
         self._closed = True
+        await self.feed.catch_up()
         self.feed.close()
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.wait({self._listening})
         self._queue.put(None)
         thread = self._thread
         if thread is not None:
@@ -157,7 +190,7 @@ class EventLog:
             writer.close()
 
     def _serve(self, writer: Writer, cache: FoldCache) -> None:
-        others_until = 0.0
+        others_until = told = 0.0
         open_ = True
         while open_:
             batch, open_ = self._next_batch()
@@ -166,17 +199,29 @@ class EventLog:
                 # A failing checkpoint is tried again; the commit before it is durable all the same.
                 with contextlib.suppress(StoreError):
                     writer.checkpoint_if_due()
+            if self._untold and (self._queue.empty() or time.monotonic() > told + TELL_SECONDS):
+                told = time.monotonic()
+                self._tell(writer)
             if writer.others_committed():
                 self._call(self.feed.others_committed)
                 others_until = time.monotonic() + FAIR_FOR_SECONDS
             if batch and time.monotonic() < others_until:
                 time.sleep(FAIR_PAUSE_SECONDS)
 
+    def _tell(self, writer: Writer) -> None:
+        """Tell other processes what was committed since they were last told."""
+        work = any(type(recorded.event) in _LEAVES_WORK for recorded in self._untold)
+        self._untold.clear()
+        # They look for themselves from time to time, and the next transaction mends the connection.
+        with contextlib.suppress(StoreError):
+            writer.announce(work=work)
+
     def _next_batch(self) -> tuple[list[_Request[Any]], bool]:
         """Wait for work and take all there is; False with it when the log is being closed."""
         batch: list[_Request[Any]] = []
         try:
-            request = self._queue.get(timeout=POLL_SECONDS if self.feed.active else None)
+            look = self._listener is None and self.feed.active
+            request = self._queue.get(timeout=POLL_SECONDS if look else None)
             while True:
                 if request is None:
                     return batch, False
@@ -199,37 +244,36 @@ class EventLog:
     def _commit_together(
         self, writer: Writer, cache: FoldCache, batch: list[_Request[Any]]
     ) -> None:
-        transaction: Transaction | None = None
         try:
-            with writer.transaction() as connection:
-                transaction = Transaction(connection, cache, writer.now())
-                transaction.prefetch(_all_streams(batch))
-                replies = [_attempt(request, transaction) for request in batch]
-                head, written = transaction.flush()
+            done = _carry_out(writer, cache, batch)
         except BaseException as error:  # noqa: BLE001 - every caller is told
-            if transaction is not None:
-                cache.drop(transaction.touched)
-            if len(batch) > 1 and not isinstance(error, StoreError):
-                # One of them broke the transaction for all: find out which.
-                for request in batch:
-                    self._commit_together(writer, cache, [request])
-                return
-            if isinstance(error, IntegrityError):
-                error = DatabaseCorrupt(
-                    f"the database refused a write ({error.orig}): run `perdure verify`"
-                )
-            failed: list[_Reply] = [(request, None, error) for request in batch]
-            self._call(self._deliver, failed, [], 0)
+            self._give_up(writer, cache, batch, error)
             return
-        if transaction.erases:
+        if done.transaction.erases:
             # What can't be erased now, because somebody still looks at it, goes with later commits.
             with contextlib.suppress(StoreError):
                 writer.erase()
-        for task_id in transaction.touched:
-            fold = transaction.fold(task_id)
+        for task_id in done.transaction.touched:
+            fold = done.transaction.fold(task_id)
             if fold is not None:
                 cache.put(fold)
-        self._call(self._deliver, replies, written, head)
+        self._untold.extend(done.written)
+        self._call(self._deliver, done.replies, done.written, done.head)
+
+    def _give_up(
+        self, writer: Writer, cache: FoldCache, batch: list[_Request[Any]], error: BaseException
+    ) -> None:
+        """Tell those whose work could not be done; where one is at fault, only that one."""
+        if len(batch) > 1 and not isinstance(error, StoreError):
+            # One of them broke the transaction for all: find out which.
+            for request in batch:
+                self._commit_together(writer, cache, [request])
+            return
+        if isinstance(error, IntegrityError):
+            said = " ".join(str(error.orig).split())
+            error = DatabaseCorrupt(f"the database refused a write ({said}): run `perdure verify`")
+        failed: list[_Reply] = [(request, None, error) for request in batch]
+        self._call(self._deliver, failed, [], 0)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         """Call ``function`` on the event loop, if that still runs."""
@@ -261,6 +305,41 @@ class EventLog:
                 _succeed(request.future, (result, head))
 
 
+@dataclass(slots=True)
+class _Done:
+    """What came of one transaction."""
+
+    transaction: Transaction
+    replies: list[_Reply]
+    head: int = 0
+    written: list[RecordedEvent] = field(default_factory=list[RecordedEvent])
+
+
+def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]]) -> _Done:
+    """Do the work in one transaction; again, as often as the writer thinks that it helps."""
+    since = time.monotonic()
+    again = writer.races and len(batch) == 1
+    while True:
+        done: _Done | None = None
+        try:
+            with writer.transaction() as connection:
+                done = _Done(Transaction(connection, cache, writer.now()), [])
+                done.transaction.prefetch(_all_streams(batch))
+                done.replies = [_attempt(request, done.transaction) for request in batch]
+                done.head, done.written = done.transaction.flush()
+                return done
+        except BaseException as error:  # noqa: BLE001 - every caller is told
+            if done is not None:
+                cache.drop(done.transaction.touched)
+            if again and isinstance(error, IntegrityError):
+                again = False  # somebody else took an id or a key first: by now it can be seen
+                continue
+            mark = done.transaction.mark if done is not None else None
+            if writer.settle(error, mark, since) and done is not None:
+                return done
+            cache.clear()
+
+
 def _attempt(request: _Request[Any], transaction: Transaction) -> _Reply:
     try:
         return request, request.work(transaction), None
@@ -289,6 +368,9 @@ def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
 def _nothing(_transaction: Transaction) -> None:
     return None
 
+
+# After these a task may be claimed.
+_LEAVES_WORK: Final = (Submitted, Interrupted, AttemptFailed)
 
 # Wakes the writer thread so that it begins to look for others' commits.
 _NUDGE: Final[_Request[Any]] = _Request(_nothing, (), alone=False, future=None)  # type: ignore[arg-type]

@@ -6,16 +6,18 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import orjson
 import sqlalchemy as sa
-from sqlalchemy import Connection, RowMapping
+from sqlalchemy import Connection
 
 from perdure.errors import DatabaseCorrupt, InvalidTransition, PerdureError, TaskNotFound
 from perdure.events import EVENT_TYPES, Redacted, canonical, chain_digest, decode
+from perdure.store.bulk import plain_rows
 from perdure.store.content import blob_digests, digest_of
-from perdure.store.database import any_text
+from perdure.store.dialect import any_text, take_time
 from perdure.store.projection import TaskFold
 from perdure.store.readonly import iso
 from perdure.store.schema import Timestamp, blobs, events, log_head, streams, tasks
@@ -83,8 +85,8 @@ def verify(
         try:
             walk.take(row)
         except _UNREADABLE:
-            report.problem(f"position {row['position']}: the row is unreadable")
-        if expect is not None and row["position"] == expect[0] and walk.digest.hex() != expect[1]:
+            report.problem(f"position {row[0]}: the row is unreadable")
+        if expect is not None and row[0] == expect[0] and walk.digest.hex() != expect[1]:
             report.problem(f"position {expect[0]}: its digest is not the one expected")
         if progress is not None and report.events % PAGE == 0:
             progress(report.events, report.position)
@@ -123,6 +125,21 @@ def _raw(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
     return raw
 
 
+class _Where(NamedTuple):
+    """Where an event stands; put into words only where there is something to say."""
+
+    position: int
+    task_id: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"position {self.position} ({self.task_id} version {self.version})"
+
+
+# position, stream_id, version, type, schema_version, data, recorded_at, digest, task_id
+_EventRow: TypeAlias = tuple[int, int, int, str, int, str, datetime, Any, Any]
+
+
 class _Walk:
     """The state of a walk along the chain."""
 
@@ -134,10 +151,11 @@ class _Walk:
         self.blobs: set[str] = set()
         self._tombstones: dict[tuple[str, int], str] = {}
 
-    def take(self, row: RowMapping) -> None:
-        report, position, task_id = self._report, row["position"], row["task_id"]
-        where = f"position {position} ({task_id} version {row['version']})"
-        stored = row["digest"] if isinstance(row["digest"], bytes) else b""
+    def take(self, row: _EventRow) -> None:
+        report = self._report
+        position, stream_id, number, type_, schema_version, text, at, kept, task_id = row
+        where = _Where(position, task_id, number)
+        stored = kept if isinstance(kept, bytes) else b""
         # On with what is stored, so that one change is one problem and not one at every event.
         previous, self.digest = self.digest, stored
         if position != self._position + 1:
@@ -147,39 +165,40 @@ class _Walk:
             report.problem(f"position {position}: its stream is missing")
             return
         version = self.versions[task_id] = self.versions.get(task_id, 0) + 1
-        if row["version"] != version:
+        if number != version:
             report.problem(f"{where}: version {version} was expected")
-        if version == 1 and row["stream_id"] != position:
-            report.problem(f"{where}: its stream's key is {row['stream_id']}")
-        if row["type"] not in EVENT_TYPES:
-            report.problem(f"{where}: {row['type']!r} is no type of event")
-        data = row["data"].encode(errors="surrogateescape")
+        if version == 1 and stream_id != position:
+            report.problem(f"{where}: its stream's key is {stream_id}")
+        if type_ not in EVENT_TYPES:
+            report.problem(f"{where}: {type_!r} is no type of event")
+        data = text.encode(errors="surrogateescape")
         digest = chain_digest(
             previous,
             position,
             task_id,
-            row["version"],
-            row["type"],
-            row["schema_version"],
-            row["recorded_at"],
-            self._data_digest(row, data, where),
+            number,
+            type_,
+            schema_version,
+            at,
+            self._data_digest(where, data),
         )
         if digest != stored:
             report.problem(f"{where}: the event, or what stands before it, was changed")
-        if row["type"] == "submitted" and (b'"blobs":{"' in data or b'"files":' in data):
+        if type_ == "submitted" and (b'"blobs":{"' in data or b'"files":' in data):
             self._note_blobs(data)
-        if row["type"] == Redacted.type:
+        if type_ == Redacted.type:
             self._accept_tombstones(task_id, data, where)
 
-    def _data_digest(self, row: RowMapping, data: bytes, where: str) -> bytes:
+    def _data_digest(self, where: _Where, data: bytes) -> bytes:
         """Return the digest of the data as it was when it was written."""
         if b'"redacted":' in data:
             try:
                 named = orjson.loads(data).get("redacted")
                 if isinstance(named, str):
                     self._report.redacted += 1
-                    key = (row["task_id"], row["version"])
-                    self._tombstones[key] = hashlib.sha256(data).hexdigest()
+                    self._tombstones[where.task_id, where.version] = hashlib.sha256(
+                        data
+                    ).hexdigest()
                     return bytes.fromhex(named)
             except (orjson.JSONDecodeError, AttributeError, ValueError):
                 self._report.problem(f"{where}: its data is unreadable")
@@ -190,7 +209,7 @@ class _Walk:
         if "redacted" not in plain:
             self.blobs |= blob_digests(plain["task"], plain.get("blobs") or {})
 
-    def _accept_tombstones(self, task_id: str, data: bytes, where: str) -> None:
+    def _accept_tombstones(self, task_id: str, data: bytes, where: _Where) -> None:
         """Check the tombstones of a stream against the event that says who left them."""
         try:
             named = decode(Redacted.type, 1, data)
@@ -257,10 +276,11 @@ def _verify_blobs(connection: Connection, named: set[str], report: VerifyReport)
         report.problem(f"blob {digest}: it is missing")
 
 
-def _each_event(connection: Connection) -> Iterator[RowMapping]:
+def _each_event(connection: Connection) -> Iterator[Any]:
     page = (
         sa.select(
-            *(c for c in events.c if c not in (events.c.recorded_at, events.c.digest)),
+            *(events.c.position, events.c.stream_id, events.c.version, events.c.type),
+            *(events.c.schema_version, events.c.data),
             _RECORDED_AT,
             _raw(events.c.digest),
             streams.c.task_id,
@@ -271,15 +291,13 @@ def _each_event(connection: Connection) -> Iterator[RowMapping]:
     )
     last: int | None = None
     while True:
-        rows = (
-            connection.execute(page if last is None else page.where(events.c.position > last))
-            .mappings()
-            .all()
+        rows = list(
+            plain_rows(connection, page if last is None else page.where(events.c.position > last))
         )
         yield from rows
         if len(rows) < PAGE:
             return
-        last = rows[-1]["position"]
+        last = rows[-1][0]
 
 
 class _AnyTimestamp(Timestamp):
@@ -288,14 +306,21 @@ class _AnyTimestamp(Timestamp):
     cache_ok = True
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:  # noqa: ANN401
-        if value is None or isinstance(value, datetime):
-            return value
+        if value is None:
+            return None
+        if isinstance(value, datetime):  # the driver's year 1 is what Python has no value for
+            return max(_NO_MOMENT, value)
         try:
-            moment = datetime.fromisoformat(value)
-            written = iso(moment) if moment.tzinfo is not None else None
+            return _moment(value)
         except (TypeError, ValueError, OverflowError):
             return _NO_MOMENT
-        return moment if value == written else _NO_MOMENT  # else it would sort in another place
+
+
+@lru_cache(maxsize=1024)  # all events of a transaction have one, and reading it takes as long as
+def _moment(value: str) -> datetime:  # all the rest of the event
+    moment = datetime.fromisoformat(value)
+    written = iso(moment) if moment.tzinfo is not None else None
+    return moment if value == written else _NO_MOMENT  # else it would sort in another place
 
 
 _NO_MOMENT: Final = datetime(1, 1, 1, tzinfo=UTC)
@@ -321,6 +346,8 @@ def rebuild(connection: Connection, progress: Progress | None = None) -> Rebuild
     Raises:
         DatabaseCorrupt: The log can't be folded; nothing is changed then.
     """
+    take_time(connection)
+    connection.execute(sa.select(log_head.c.position).with_for_update())  # nobody writes from here
     with any_text(connection):  # what is to be thrown away may be anything
         report = compare(connection, progress)
     connection.execute(sa.delete(tasks))
@@ -382,26 +409,35 @@ def _folded(connection: Connection) -> Iterator[dict[int, dict[str, Any] | None]
             return
         folds = {row.stream_id: TaskFold(row.task_id, row.stream_id) for row in found}
         last = found[-1].stream_id
-        rows = connection.execute(
-            sa.select(*(c for c in events.c if c is not events.c.recorded_at), _RECORDED_AT)
+        rows = plain_rows(
+            connection,
+            sa.select(
+                *(events.c.stream_id, events.c.version, events.c.type),
+                *(events.c.schema_version, events.c.data),
+                _RECORDED_AT,
+            )
             .where(events.c.stream_id.between(found[0].stream_id, last))
-            .order_by(events.c.stream_id, events.c.version)
-            .execution_options(yield_per=PAGE)
+            .order_by(events.c.stream_id, events.c.version),
         )
-        for row in rows.mappings():
-            _fold(folds[row["stream_id"]], row)
+        for stream_id, version, type_, schema_version, data, at in rows:
+            _fold(folds[stream_id], version, type_, schema_version, data, at)
         yield {key: _row(fold) if fold.version else None for key, fold in folds.items()}
 
 
-def _fold(fold: TaskFold, row: RowMapping) -> None:
-    where = f"{fold.task_id} version {row['version']}"
-    if row["recorded_at"] == _NO_MOMENT or row["version"] != fold.version + 1:
-        raise DatabaseCorrupt(f"{where} can't be folded: run `perdure verify`")
-    event = decode(row["type"], row["schema_version"], row["data"])
+def _fold(
+    fold: TaskFold, version: int, type_: str, schema_version: int, data: str, at: datetime
+) -> None:
+    if at is _NO_MOMENT or version != fold.version + 1:
+        raise DatabaseCorrupt(
+            f"{fold.task_id} version {version} can't be folded: run `perdure verify`"
+        )
+    event = decode(type_, schema_version, data)
     try:
-        fold.apply((event,), row["recorded_at"])
+        fold.apply((event,), at)
     except (InvalidTransition, *_UNREADABLE) as error:
-        raise DatabaseCorrupt(f"{where} can't be folded ({error}): run `perdure verify`") from None
+        raise DatabaseCorrupt(
+            f"{fold.task_id} version {version} can't be folded ({error}): run `perdure verify`"
+        ) from None
 
 
 def _row(fold: TaskFold) -> dict[str, Any]:
@@ -487,7 +523,11 @@ def _tombstone(type_: str, plain: Mapping[str, Any], stored: str) -> dict[str, A
 
 def _drop_orphans(connection: Connection, digests: set[str]) -> None:
     """Delete blobs that no task names any more."""
-    for digest in digests:
+    for digest in sorted(digests):
+        # Whoever is about to name it holds this lock, and is waited for.
+        connection.execute(
+            sa.select(blobs.c.digest).where(blobs.c.digest == digest).with_for_update()
+        )
         named = connection.execute(
             sa.select(sa.literal(1))
             .where(events.c.type == "submitted", sa.cast(events.c.data, sa.Text).contains(digest))

@@ -14,8 +14,9 @@ import orjson
 from perdure.events import Chunk, Event, Redacted, Running, Submitted, canonical
 from perdure.lifecycle import TaskState, evolve
 from perdure.task import TaskStatus
+from perdure.text import check_json
 
-__all__ = ["TaskFold"]
+__all__ = ["REDACTED_COLUMNS", "TaskFold"]
 
 Row = dict[str, Any]
 
@@ -28,13 +29,14 @@ class TaskFold:
         stream_id: Its key; 0 until the stream is stored.
     """
 
-    __slots__ = ("_fixed", "_state", "_text", "stream_id", "task_id")
+    __slots__ = ("_calls", "_fixed", "_state", "_text", "stream_id", "task_id")
 
     def __init__(self, task_id: str, stream_id: int = 0) -> None:
         self.task_id = task_id
         self.stream_id = stream_id
         self._state: TaskState | None = None
         self._text: list[str] = []
+        self._calls: list[str] = []
         self._fixed: Row | None = None
 
     @property
@@ -74,13 +76,17 @@ class TaskFold:
         if isinstance(event, Chunk):
             if event.kind == "text":
                 self._text.append(event.text)
+            elif event.kind == "tool_call":
+                self._calls.append(event.text)
         elif isinstance(event, Running):
             if event.mode == "restart":
                 self._text.clear()
+                self._calls.clear()
         elif isinstance(event, Submitted):
             self._fixed = _fixed_columns(event)
         elif isinstance(event, Redacted):
             self._text.clear()
+            self._calls.clear()
 
     def new_row(self) -> Row:
         """Return all columns, for a task that has no row yet.
@@ -126,7 +132,26 @@ class TaskFold:
             "started_at": state.started_at,
             "ended_at": state.ended_at,
             "files_created": canonical(list(state.files)).decode() if state.files else None,
+            "tool_calls": _tool_calls("".join(self._calls)) if state.status.ended else None,
         }
+
+
+def _tool_calls(lines: str) -> str | None:
+    """Return the calls as a JSON array; None where there are none.
+
+    Args:
+        lines: One JSON object a line. Arguments that are no JSON, as models write them at times,
+            make a line of their own kind: it stays as text.
+    """
+    calls = [_tool_call(line) for line in lines.split("\n") if line]
+    return canonical(calls).decode() if calls else None
+
+
+def _tool_call(line: str) -> Any:  # noqa: ANN401 - what the model made of it
+    try:
+        return check_json(orjson.loads(line))
+    except ValueError:
+        return line
 
 
 # What a redaction takes out of a row, beside the output.

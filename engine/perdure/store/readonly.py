@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from perdure.config import load_config
 from perdure.errors import (
     DatabaseCorrupt,
     DatabaseIncompatible,
@@ -33,14 +35,17 @@ __all__ = [
     "Reader",
     "default_database",
     "describe_error",
+    "immutable",
     "iso",
+    "on_server",
+    "open_read_only",
     "path_of",
     "reading_errors",
     "refuse_missing",
 ]
 
 # The migration this code is written for. A constant, since asking alembic costs most of a second.
-REVISION: Final = "0001"
+REVISION: Final = "0002"
 
 # "perd", in the header of every SQLite file that is ours.
 APPLICATION_ID: Final = 0x70657264
@@ -62,13 +67,16 @@ class Reader:
     Text that is no UTF-8, which only somebody else can have written, comes with surrogates.
 
     Attributes:
-        path: The database's file.
+        dialect: The kind of database.
+        path: The database's file; where it is on a server, its name for messages.
         connection: The plain connection, in autocommit mode: each query sees the latest commit.
     """
 
+    dialect = "sqlite"
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.connection = _connect(path)
+        self.connection = open_read_only(path)
         self._data_version = self._read_data_version()
 
     @classmethod
@@ -76,12 +84,19 @@ class Reader:
         """Open a database of today's schema.
 
         Args:
-            url: A file's path or `sqlite:///FILE`.
+            url: A file's path, `sqlite:///FILE` or `postgresql://…`.
 
         Raises:
             DatabaseUnavailable: It isn't there, or can't be opened.
             DatabaseIncompatible: It isn't perdure's, is still empty, or of another schema.
         """
+        if on_server(url):
+            from perdure.store.database import parse_url
+
+            parse_url(url)  # says what is wrong with it, and whether the driver is there
+            from perdure.store.postgresql_reader import PostgresqlReader
+
+            return PostgresqlReader(url)
         path = path_of(url)
         refuse_missing(path)
         with reading_errors(path):
@@ -128,6 +143,42 @@ class Reader:
     def _read_data_version(self) -> int:
         return int(self.connection.execute("PRAGMA data_version").fetchone()[0])
 
+    def hexed(self, column: str) -> str:
+        """Return the SQL for bytes in hexadecimal."""
+        return f"lower(hex({column}))"
+
+    def seconds(self, begin: str, end: str) -> str:
+        """Return the SQL for the seconds from one moment to another."""
+        return f"(julianday({end}) - julianday({begin})) * 86400"
+
+    def has_label(self, name: str, value: str) -> str:
+        """Return the condition that `tasks AS t` has a label; the arguments name parameters."""
+        return (
+            "EXISTS (SELECT 1 FROM json_each(t.labels) AS label "
+            f"WHERE label.key = :{name} AND label.value = :{value})"
+        )
+
+    def mentions(self, columns: Sequence[str], text: str, found: dict[str, object]) -> str:
+        """Return the condition that a column has a text in it, in upper or lower case.
+
+        Args:
+            columns: Where to look.
+            text: What for.
+            found: Gets the condition's parameters.
+        """
+        if text.isascii():
+            escaped = re.sub(r"([\\%_])", r"\\\1", text)
+            found["search"] = f"%{escaped}%"
+            return "(" + " OR ".join(rf"{c} LIKE :search ESCAPE '\'" for c in columns) + ")"
+        # SQLite knows upper and lower case of ASCII letters only.
+        sought = text.casefold()
+
+        def mentions(stored: str | None) -> bool:
+            return stored is not None and sought in stored.casefold()
+
+        self.connection.create_function("perdure_mentions", 1, mentions, deterministic=True)
+        return "(" + " OR ".join(f"perdure_mentions({c})" for c in columns) + ")"
+
     def close(self) -> None:
         """Give the connection back."""
         self.connection.close()
@@ -152,8 +203,14 @@ def iso(moment: datetime) -> str:
 
 
 def default_database() -> str:
-    """Return the database that is used where none is named: `PERDURE_DB`, or one per user."""
-    named = os.environ.get("PERDURE_DB")
+    """Return the database that is used where none is named.
+
+    `PERDURE_DB`, else what `perdure.toml` says, else one per user.
+
+    Raises:
+        InvalidConfig: `perdure.toml` can't be read.
+    """
+    named = os.environ.get("PERDURE_DB") or load_config().database
     if named:
         return named
     from platformdirs import user_data_path
@@ -175,6 +232,11 @@ def path_of(url: str | os.PathLike[str]) -> Path:
     return Path(str(parse_url(text).database))
 
 
+def on_server(url: str | os.PathLike[str]) -> bool:
+    """Return whether a URL names a database on a server, not a file."""
+    return os.fspath(url).partition("://")[0].partition("+")[0] in ("postgresql", "postgres")
+
+
 def refuse_missing(path: Path) -> None:
     """Raise `DatabaseUnavailable` where there is no file at ``path``."""
     if path.is_dir():
@@ -186,17 +248,25 @@ def refuse_missing(path: Path) -> None:
         )
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def open_read_only(path: Path) -> sqlite3.Connection:
+    """Open a file for reading, also where nobody may write. What can't be read is `sqlite3`'s."""
     uri = f"{path.absolute().as_uri()}?mode=ro"
     try:
         return _prepared(uri)
     except sqlite3.OperationalError:
-        # SQLite keeps an index beside a database in WAL mode. Where it can't be created (a backup
-        # on a read-only disk) the file can be read all the same, as long as nobody writes to it.
-        wal = path.with_name(path.name + "-wal")
-        if os.access(path.parent, os.W_OK) or wal.exists() or not os.access(path, os.R_OK):
+        if not immutable(path):
             raise
         return _prepared(f"{uri}&immutable=1")
+
+
+def immutable(path: Path) -> bool:
+    """Return whether a file can be read only as one that nobody changes.
+
+    SQLite keeps an index beside a database in WAL mode. Where it can't be created (a backup on a
+    read-only disk) the file can be read all the same, as long as nobody writes to it.
+    """
+    wal = path.with_name(path.name + "-wal")
+    return not os.access(path.parent, os.W_OK) and os.access(path, os.R_OK) and not wal.exists()
 
 
 def _prepared(uri: str) -> sqlite3.Connection:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+import re
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 import orjson
@@ -16,10 +18,16 @@ from perdure.store.claims import load_blobs
 from perdure.store.content import blob_digests, restore
 from perdure.store.database import Database
 from perdure.store.feed import SELECT_EVENTS, recorded
+from perdure.store.lookups import Lookup
 from perdure.store.schema import events, streams, tasks
-from perdure.task import Task, TaskStatus, Usage
+from perdure.task import Task, TaskStatus, ToolCall, Usage
 
-__all__ = ["TaskFilter", "TaskRecord", "find_task", "find_tasks", "read_events", "read_task"]
+# A call whose arguments are no JSON: its name is readable all the same.
+_UNREADABLE_CALL: Final = re.compile(
+    r'\{"id":("(?:[^"\\]|\\.)*"),"name":("(?:[^"\\]|\\.)*"),"arguments":(.*)\}', re.DOTALL
+)
+
+__all__ = ["Records", "TaskFilter", "TaskRecord", "each_task", "find_tasks", "read_events"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,7 @@ class TaskRecord:
     retry_of: str | None
     labels: Mapping[str, str]
     files_created: tuple[str, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @classmethod
     def of(cls, row: sa.RowMapping) -> TaskRecord:
@@ -63,15 +72,26 @@ class TaskRecord:
         usage = Usage(
             **{name: data.pop(name) for name in Usage.model_fields if name.endswith("_tokens")}
         )
-        files = data.pop("files_created")
+        files, calls = data.pop("files_created"), data.pop("tool_calls")
         data |= {
             "status": TaskStatus(data["status"]),
             "cancel_requested": bool(data["cancel_requested"]),
             "usage": usage,
             "labels": orjson.loads(data["labels"]),
             "files_created": tuple(orjson.loads(files)) if files else (),
+            "tool_calls": tuple(map(_tool_call, orjson.loads(calls))) if calls else (),
         }
         return cls(**data)
+
+
+def _tool_call(call: Any) -> ToolCall:  # noqa: ANN401 - what the model made of it
+    if isinstance(call, dict):
+        return ToolCall.model_validate(call)
+    opening = _UNREADABLE_CALL.match(str(call))
+    if opening is None:
+        return ToolCall(name="", arguments=call)
+    id_, name, arguments = opening.groups()
+    return ToolCall(id=orjson.loads(id_), name=orjson.loads(name), arguments=arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,18 +162,6 @@ def _label(name: str) -> sa.ColumnElement[Any]:
 _ALL: Final = sa.select(tasks)
 
 
-async def find_task(database: Database, task_id: str) -> TaskRecord | None:
-    """Return a task's row; None where there is none."""
-    rows = await database.rows(_ALL.where(tasks.c.task_id == task_id))
-    return TaskRecord.of(rows[0]) if rows else None
-
-
-async def find_status(database: Database, task_id: str) -> TaskStatus:
-    """Return where a task stands; `UNKNOWN` where there is none."""
-    rows = await database.rows(sa.select(tasks.c.status).where(tasks.c.task_id == task_id))
-    return TaskStatus(rows[0]["status"]) if rows else TaskStatus.UNKNOWN
-
-
 async def find_tasks(
     database: Database,
     which: TaskFilter,
@@ -176,32 +184,63 @@ async def each_task(database: Database, which: TaskFilter) -> AsyncGenerator[Tas
             yield TaskRecord.of(row)
 
 
-async def read_task(database: Database, task_id: str) -> Task:
-    """Return the task as it was submitted, its long texts in place.
+class Records:
+    """Reads tasks of one database by their ids; what is asked for together is one query."""
 
-    Raises:
-        TaskNotFound: There is none.
-    """
-    first = await _first_event(database, task_id)
-    needed = sorted(blob_digests(first.task, first.blobs))
-    content = await load_blobs(database, needed) if needed else {}
-    if first.task.get("prompt") or first.task.get("messages"):
-        task = restore(first.task, first.blobs, content)
-    else:  # its content was redacted: what is left is shown with a note in the prompt's place
-        task = restore({**first.task, "prompt": "[redacted]"}, first.blobs, content)
-    return task.model_copy(update={"task_id": task_id})
+    def __init__(self, database: Database) -> None:
+        self._rows: Lookup[TaskRecord] = Lookup(partial(_rows_of, database))
+        self._statuses: Lookup[TaskStatus] = Lookup(partial(_statuses_of, database))
+        self._asked: Lookup[Submitted] = Lookup(partial(_first_events, database))
+        self._content: Lookup[bytes] = Lookup(partial(load_blobs, database))
+
+    async def find(self, task_id: str) -> TaskRecord | None:
+        """Return a task's row; None where there is none."""
+        return await self._rows.get(task_id)
+
+    async def status(self, task_id: str) -> TaskStatus:
+        """Return where a task stands; `UNKNOWN` where there is none."""
+        return await self._statuses.get(task_id) or TaskStatus.UNKNOWN
+
+    async def task(self, task_id: str) -> Task:
+        """Return the task as it was submitted, its long texts in place.
+
+        Raises:
+            TaskNotFound: There is none.
+        """
+        first = await self._asked.get(task_id)
+        if first is None:
+            raise TaskNotFound(task_id)
+        content = await self.content(blob_digests(first.task, first.blobs))
+        if first.task.get("prompt") or first.task.get("messages"):
+            task = restore(first.task, first.blobs, content)
+        else:  # its content was redacted: what is left is shown with a note in the prompt's place
+            task = restore({**first.task, "prompt": "[redacted]"}, first.blobs, content)
+        return task.model_copy(update={"task_id": task_id})
+
+    async def content(self, digests: Iterable[str]) -> dict[str, bytes]:
+        """Return digest -> content, for those that are still there."""
+        found = {digest: await self._content.get(digest) for digest in digests}
+        return {digest: data for digest, data in found.items() if data is not None}
 
 
-async def _first_event(database: Database, task_id: str) -> Submitted:
+async def _rows_of(database: Database, task_ids: Sequence[str]) -> dict[str, TaskRecord]:
+    rows = await database.rows(_ALL.where(tasks.c.task_id.in_(task_ids)))
+    return {row["task_id"]: TaskRecord.of(row) for row in rows}
+
+
+async def _statuses_of(database: Database, task_ids: Sequence[str]) -> dict[str, TaskStatus]:
     rows = await database.rows(
-        SELECT_EVENTS.where(streams.c.task_id == task_id, events.c.version == 1)
+        sa.select(tasks.c.task_id, tasks.c.status).where(tasks.c.task_id.in_(task_ids))
     )
-    if not rows:
-        raise TaskNotFound(task_id)
-    event = recorded(rows[0]).event
-    if not isinstance(event, Submitted):
-        raise TaskNotFound(task_id)
-    return event
+    return {row["task_id"]: TaskStatus(row["status"]) for row in rows}
+
+
+async def _first_events(database: Database, task_ids: Sequence[str]) -> dict[str, Submitted]:
+    rows = await database.rows(
+        SELECT_EVENTS.where(streams.c.task_id.in_(task_ids), events.c.version == 1)
+    )
+    found = ((row["task_id"], recorded(row).event) for row in rows)
+    return {task_id: event for task_id, event in found if isinstance(event, Submitted)}
 
 
 async def read_events(database: Database, task_id: str, after: int = 0) -> list[RecordedEvent]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Final
 
+import orjson
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -27,10 +28,10 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
-from perdure.events import ENDINGS
+from perdure.events import ENDINGS, canonical
 from perdure.store.readonly import APPLICATION_ID, REVISION, VIEWS, iso
 
 __all__ = [
@@ -70,8 +71,25 @@ class Timestamp(TypeDecorator[datetime]):
         return datetime.fromisoformat(value) if isinstance(value, str) else value
 
 
-class CanonicalJson(TypeDecorator[str]):
-    """JSON that we encoded ourselves, as text: encoded once, stored and hashed as it is."""
+class PostgresqlJson(UserDefinedType[str]):
+    """A JSON type of PostgreSQL that takes and gives text."""
+
+    cache_ok = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_col_spec(self, **_how: object) -> str:
+        """Return the type's name."""
+        return self.name
+
+
+class StoredJson(TypeDecorator[str]):
+    """JSON that we encoded ourselves, as text: encoded once, stored and hashed as it is.
+
+    `json` on PostgreSQL, which keeps the text to the last byte. `jsonb` would not: it reorders keys
+    and writes 1e16 as an integer, so the digests would depend on today's encoder for ever.
+    """
 
     impl = Text
     cache_ok = True
@@ -79,11 +97,36 @@ class CanonicalJson(TypeDecorator[str]):
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Choose the database's own type."""
         if dialect.name == "postgresql":
-            return dialect.type_descriptor(JSONB())
+            return dialect.type_descriptor(PostgresqlJson("JSON"))
         return dialect.type_descriptor(Text())
 
 
+class CanonicalJson(TypeDecorator[str]):
+    """Canonical JSON for people to query: `jsonb` on PostgreSQL, read back in canonical form."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Choose the database's own type."""
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(PostgresqlJson("JSONB"))
+        return dialect.type_descriptor(Text())
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:  # noqa: ANN401
+        """Bring what `jsonb` has put in an order of its own back into ours."""
+        if value is None or dialect.name != "postgresql":
+            found: str | None = value
+            return found
+        try:
+            return canonical(orjson.loads(value)).decode()
+        except ValueError:  # only somebody else can have written it
+            return str(value)
+
+
 _BigInt: Final = BigInteger().with_variant(Integer, "sqlite")
+# Sorted by code points, as SQLite and Python do it, whatever a server's locale is.
+_Name: Final = Text().with_variant(Text(collation="C"), "postgresql")
 
 metadata: Final = MetaData(
     naming_convention={
@@ -108,7 +151,7 @@ streams: Final = Table(
     metadata,
     # The position of the stream's first event: unique and ascending without a counter of its own.
     Column("stream_id", _BigInt, primary_key=True, autoincrement=False),
-    Column("task_id", Text, nullable=False, unique=True),
+    Column("task_id", _Name, nullable=False, unique=True),
     Column("version", Integer, nullable=False),
 )
 
@@ -118,9 +161,9 @@ events: Final = Table(
     Column("position", _BigInt, primary_key=True, autoincrement=False),
     Column("stream_id", _BigInt, ForeignKey("streams.stream_id"), nullable=False),
     Column("version", Integer, nullable=False),
-    Column("type", Text, nullable=False),
+    Column("type", _Name, nullable=False),
     Column("schema_version", Integer, nullable=False),
-    Column("data", CanonicalJson, nullable=False),
+    Column("data", StoredJson, nullable=False),
     Column("recorded_at", Timestamp, nullable=False),
     Column("digest", LargeBinary, nullable=False),
     UniqueConstraint("stream_id", "version", name="events_stream_version_key"),
@@ -140,21 +183,21 @@ tasks: Final = Table(
     Column(
         "stream_id", _BigInt, ForeignKey("streams.stream_id"), primary_key=True, autoincrement=False
     ),
-    Column("task_id", Text, nullable=False, unique=True),
-    Column("status", Text, nullable=False),
-    Column("platform", Text, nullable=False),
-    Column("model", Text),
-    Column("type", Text),
+    Column("task_id", _Name, nullable=False, unique=True),
+    Column("status", _Name, nullable=False),
+    Column("platform", _Name, nullable=False),
+    Column("model", _Name),
+    Column("type", _Name),
     Column("priority", Integer, nullable=False),
     Column("attempts", Integer, nullable=False),
-    Column("worker", Text),
+    Column("worker", _Name),
     Column("available_at", Timestamp, nullable=False),
     Column("cancel_requested", Boolean, nullable=False),
     Column("prompt", Text),
     Column("output", Text),
     Column("partial_output", Text),
-    Column("finish_reason", Text),
-    Column("error_class", Text),
+    Column("finish_reason", _Name),
+    Column("error_class", _Name),
     Column("error", Text),
     Column("input_tokens", _BigInt),
     Column("output_tokens", _BigInt),
@@ -165,13 +208,14 @@ tasks: Final = Table(
     Column("submitted_at", Timestamp, nullable=False),
     Column("started_at", Timestamp),
     Column("ended_at", Timestamp),
-    Column("batch", Text),
-    Column("key", Text, unique=True),
-    Column("fingerprint", Text),
-    Column("parent", Text),
-    Column("retry_of", Text),
+    Column("batch", _Name),
+    Column("key", _Name, unique=True),
+    Column("fingerprint", _Name),
+    Column("parent", _Name),
+    Column("retry_of", _Name),
     Column("labels", CanonicalJson, nullable=False),
     Column("files_created", CanonicalJson),
+    Column("tool_calls", CanonicalJson),
 )
 
 
@@ -191,7 +235,7 @@ _partial("tasks_retry_of", "retry_of IS NOT NULL", "retry_of")
 blobs: Final = Table(
     "blobs",
     metadata,
-    Column("digest", Text, primary_key=True),
+    Column("digest", _Name, primary_key=True),
     Column("size", _BigInt, nullable=False),
     Column("data", LargeBinary, nullable=False),
 )
@@ -199,8 +243,8 @@ blobs: Final = Table(
 workers: Final = Table(
     "workers",
     metadata,
-    Column("worker_id", Text, primary_key=True),
-    Column("host", Text, nullable=False),
+    Column("worker_id", _Name, primary_key=True),
+    Column("host", _Name, nullable=False),
     Column("pid", Integer, nullable=False),
     Column("started_at", Timestamp, nullable=False),
     Column("heartbeat_at", Timestamp, nullable=False),

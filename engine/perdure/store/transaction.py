@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
+from sqlalchemy.dialects import postgresql, sqlite
 
 from perdure.errors import (
     ConcurrencyError,
@@ -34,7 +35,8 @@ from perdure.events import (
     decode,
     encode,
 )
-from perdure.store.projection import TaskFold
+from perdure.store.bulk import Bulk
+from perdure.store.projection import REDACTED_COLUMNS, TaskFold
 from perdure.store.schema import blobs, events, log_head, streams, tasks
 
 __all__ = ["FoldCache", "Transaction", "chunks_of"]
@@ -50,17 +52,36 @@ _FIND_STREAMS: Final = (
     .with_for_update()
 )
 _HEAD: Final = sa.select(log_head.c.position, log_head.c.digest).with_for_update()
+_LOOK_AT_HEAD: Final = sa.select(log_head.c.position, log_head.c.digest)
 _MOVE_HEAD: Final = sa.update(log_head).values(
     position=sa.bindparam("to_position"), digest=sa.bindparam("to_digest")
 )
-_INSERT_STREAM: Final = sa.insert(streams)
-_INSERT_EVENT: Final = sa.insert(events)
-_INSERT_TASK: Final = sa.insert(tasks)
-_INSERT_BLOB: Final = sa.insert(blobs)
-_SET_VERSION: Final = (
+_INSERT_STREAM: Final = Bulk(sa.insert(streams), ("stream_id", "task_id", "version"))
+_INSERT_EVENT: Final = Bulk(
+    sa.insert(events),
+    (
+        *("position", "stream_id", "version", "type", "schema_version"),
+        *("data", "recorded_at", "digest"),
+    ),
+)
+_INSERT_TASK: Final = Bulk(sa.insert(tasks), tasks.c.keys())
+# Locked where that is possible, so that no redaction takes one away that is about to be named.
+_KNOWN_BLOBS: Final = (
+    sa.select(blobs.c.digest)
+    .where(blobs.c.digest.in_(sa.bindparam("digests", expanding=True)))
+    .order_by(blobs.c.digest)
+    .with_for_update(read=True, key_share=True)
+)
+# Another process may store the same content at the same time.
+_INSERT_BLOB: Final = {
+    name: Bulk(insert(blobs).on_conflict_do_nothing(), ("digest", "size", "data"))
+    for name, insert in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
+}
+_SET_VERSION: Final = Bulk(
     sa.update(streams)
     .where(streams.c.stream_id == sa.bindparam("of_stream"))
-    .values(version=sa.bindparam("to_version"))
+    .values(version=sa.bindparam("to_version")),
+    ("to_version", "of_stream"),
 )
 _CHANGING: Final = tuple(
     name
@@ -69,16 +90,20 @@ _CHANGING: Final = tuple(
     not in {"stream_id", "task_id", "type", "priority", "prompt", "batch", "key", "fingerprint"}
     and name not in {"parent", "retry_of", "labels", "submitted_at"}
 )
-_UPDATE_TASK: Final = (
+_UPDATE_TASK: Final = Bulk(
     sa.update(tasks)
     .where(tasks.c.stream_id == sa.bindparam("of_stream"))
-    .values({name: sa.bindparam(f"new_{name}") for name in _CHANGING})
+    .values({name: sa.bindparam(f"new_{name}") for name in _CHANGING}),
+    (*(f"new_{name}" for name in _CHANGING), "of_stream"),
 )
-_FORGET_CONTENT: Final = (
+_FORGET_CONTENT: Final = Bulk(
     sa.update(tasks)
     .where(tasks.c.stream_id == sa.bindparam("of_stream"))
-    .values(prompt=None, labels="{}")
+    .values(prompt=sa.bindparam("to_prompt"), labels=sa.bindparam("to_labels")),
+    ("to_prompt", "to_labels", "of_stream"),
 )
+_COLUMNS: Final = tuple(tasks.c.keys())
+_REDACTED: Final = (REDACTED_COLUMNS["prompt"], REDACTED_COLUMNS["labels"])
 _STREAM_EVENTS: Final = (
     sa.select(
         events.c.version,
@@ -131,6 +156,10 @@ class FoldCache:
         while len(self._folds) > self._size:
             self._folds.popitem(last=False)
 
+    def clear(self) -> None:
+        """Forget everything: the database may be another one, such as a standby that took over."""
+        self._folds.clear()
+
     def drop(self, task_ids: Iterable[str]) -> None:
         """Forget folds that may hold what was never committed."""
         for task_id in task_ids:
@@ -155,12 +184,14 @@ class Transaction:
         connection: For statements beside the log, in the same transaction.
         at: The moment that is recorded.
         erases: Set where content was removed, which then must not stay in any file either.
+        mark: The position and the digest of the last event that `flush` has written.
     """
 
     def __init__(self, connection: Connection, cache: FoldCache, at: datetime) -> None:
         self.connection = connection
         self.at = at
         self.erases = False
+        self.mark: tuple[int, bytes] | None = None
         self._cache = cache
         self._versions: dict[str, tuple[int, int] | None] = {}
         self._folds: dict[str, TaskFold] = {}
@@ -299,18 +330,16 @@ class Transaction:
         """Write everything; returns the log's new head and what was written, in order."""
         self._flush_blobs()
         if not self._staged:
-            return self._head()[0], []
-        position, digest = self._head()
-        stream_rows: list[dict[str, Any]] = []
-        event_rows: list[dict[str, Any]] = []
+            return self._head(_LOOK_AT_HEAD)[0], []
+        position, digest = self._head(_HEAD)
+        stream_rows: list[tuple[Any, ...]] = []
+        event_rows: list[tuple[Any, ...]] = []
         written: list[RecordedEvent] = []
         for task_id, staged in self._staged.items():
             fold = staged.fold
             if staged.new:
                 fold.stream_id = position + 1
-                stream_rows.append(
-                    {"stream_id": fold.stream_id, "task_id": task_id, "version": fold.version}
-                )
+                stream_rows.append((fold.stream_id, task_id, fold.version))
             version = staged.first_version
             for event, stored in staged.events:
                 position += 1
@@ -325,73 +354,66 @@ class Transaction:
                     hashlib.sha256(stored.data).digest(),
                 )
                 event_rows.append(
-                    {
-                        "position": position,
-                        "stream_id": fold.stream_id,
-                        "version": version,
-                        "type": stored.type,
-                        "schema_version": stored.schema_version,
-                        "data": stored.data.decode(),
-                        "recorded_at": self.at,
-                        "digest": digest,
-                    }
+                    (
+                        position,
+                        fold.stream_id,
+                        version,
+                        stored.type,
+                        stored.schema_version,
+                        stored.data.decode(),
+                        self.at,
+                        digest,
+                    )
                 )
                 written.append(RecordedEvent(position, task_id, version, event, self.at))
                 version += 1
-        execute = self.connection.execute
-        if stream_rows:
-            execute(_INSERT_STREAM, stream_rows)
-        execute(_INSERT_EVENT, event_rows)
+        _INSERT_STREAM.execute(self.connection, stream_rows)
+        _INSERT_EVENT.execute(self.connection, event_rows)
         self._flush_rows()
-        execute(_MOVE_HEAD, {"to_position": position, "to_digest": digest})
+        self.connection.execute(_MOVE_HEAD, {"to_position": position, "to_digest": digest})
+        self.mark = position, digest
         return position, written
 
-    def _head(self) -> tuple[int, bytes]:
-        row = self.connection.execute(_HEAD).one_or_none()
+    def _head(self, statement: sa.Executable) -> tuple[int, bytes]:
+        row = self.connection.execute(statement).one_or_none()
         if row is None:
             raise DatabaseCorrupt("the log has lost its head row: restore a backup")
         return int(row.position), bytes(row.digest)
 
     def _flush_rows(self) -> None:
-        known: list[dict[str, Any]] = []
-        fresh: list[dict[str, Any]] = []
-        changed: list[dict[str, Any]] = []
-        forgotten: list[dict[str, Any]] = []
+        known: list[tuple[Any, ...]] = []
+        fresh: list[tuple[Any, ...]] = []
+        changed: list[tuple[Any, ...]] = []
+        forgotten: list[tuple[Any, ...]] = []
         for staged in self._staged.values():
             fold = staged.fold
             if staged.new:
-                fresh.append(fold.new_row())
+                row = fold.new_row()
+                fresh.append(tuple([row[name] for name in _COLUMNS]))
                 continue
-            known.append({"of_stream": fold.stream_id, "to_version": fold.version})
+            known.append((fold.version, fold.stream_id))
             if not staged.row_changed:
                 continue
             row = fold.changing_columns()
-            changed.append(
-                {"of_stream": fold.stream_id, **{f"new_{name}": row[name] for name in _CHANGING}}
-            )
+            changed.append((*[row[name] for name in _CHANGING], fold.stream_id))
             if fold.state.redacted:
-                forgotten.append({"of_stream": fold.stream_id})
-        for statement, rows in (
-            (_SET_VERSION, known),
-            (_INSERT_TASK, fresh),
-            (_UPDATE_TASK, changed),
-            (_FORGET_CONTENT, forgotten),
-        ):
-            if rows:
-                self.connection.execute(statement, rows)
+                forgotten.append((*_REDACTED, fold.stream_id))
+        _SET_VERSION.execute(self.connection, known)
+        _INSERT_TASK.execute(self.connection, fresh)
+        _UPDATE_TASK.execute(self.connection, changed)
+        _FORGET_CONTENT.execute(self.connection, forgotten)
 
     def _flush_blobs(self) -> None:
         if not self._blobs:
             return
         known: set[str] = set()
-        for part in chunks_of(self._blobs):
-            known.update(
-                self.connection.scalars(sa.select(blobs.c.digest).where(blobs.c.digest.in_(part)))
-            )
-        rows = [
-            {"digest": digest, "size": len(data), "data": data}
-            for digest, data in self._blobs.items()
-            if digest not in known
-        ]
-        if rows:
-            self.connection.execute(_INSERT_BLOB, rows)
+        for part in chunks_of(sorted(self._blobs)):  # in an order all agree on
+            known.update(self.connection.scalars(_KNOWN_BLOBS, {"digests": part}))
+        _INSERT_BLOB[self.connection.dialect.name].execute(
+            self.connection,
+            [
+                (digest, len(data), data)
+                for digest, data in sorted(self._blobs.items())
+                if digest not in known
+            ],
+        )

@@ -159,12 +159,12 @@ class AdapterContract:
         if accepted is None or not accepted.reattachable:
             return
         first = self._run(lambda adapter: _first_text(adapter, call))
-        cursor = next((e.cursor for e in first if isinstance(e, Chunk) and e.cursor), None)
+        cursors = [e.cursor for e in first if isinstance(e, Chunk) and e.cursor]
         named = next((e.response_id for e in first if isinstance(e, Accepted)), None)
         again = replace(
             call,
             attempt=call.attempt + 1,
-            resume=Resume("reattach", _text(first), named, cursor or accepted.cursor),
+            resume=Resume("reattach", _text(first), named, [accepted.cursor, *cursors][-1]),
         )
         rest = self._run(lambda adapter: _collect(adapter, again))
         _hold(_text(first) + _text(rest) == _text(whole), "the parts are not the whole")

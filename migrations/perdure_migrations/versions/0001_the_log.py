@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import op
-from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.dialects.postgresql import JSON, JSONB, TIMESTAMP
 
 revision = "0001"
 down_revision = None
@@ -22,7 +22,9 @@ def upgrade() -> None:
     """Create everything."""
     postgresql = op.get_context().dialect.name == "postgresql"
     big = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+    word = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
     json = sa.Text().with_variant(JSONB(), "postgresql")
+    exact_json = sa.Text().with_variant(JSON(), "postgresql")  # to the byte, as it was hashed
     moment = sa.Text().with_variant(TIMESTAMP(timezone=True), "postgresql")
 
     op.create_table(
@@ -35,7 +37,7 @@ def upgrade() -> None:
     op.create_table(
         "streams",
         sa.Column("stream_id", big, primary_key=True, autoincrement=False),
-        sa.Column("task_id", sa.Text, nullable=False),
+        sa.Column("task_id", word, nullable=False),
         sa.Column("version", sa.Integer, nullable=False),
         sa.UniqueConstraint("task_id", name="streams_task_id_key"),
     )
@@ -44,9 +46,9 @@ def upgrade() -> None:
         sa.Column("position", big, primary_key=True, autoincrement=False),
         sa.Column("stream_id", big, nullable=False),
         sa.Column("version", sa.Integer, nullable=False),
-        sa.Column("type", sa.Text, nullable=False),
+        sa.Column("type", word, nullable=False),
         sa.Column("schema_version", sa.Integer, nullable=False),
-        sa.Column("data", json, nullable=False),
+        sa.Column("data", exact_json, nullable=False),
         sa.Column("recorded_at", moment, nullable=False),
         sa.Column("digest", sa.LargeBinary, nullable=False),
         sa.UniqueConstraint("stream_id", "version", name="events_stream_version_key"),
@@ -56,21 +58,21 @@ def upgrade() -> None:
     op.create_table(
         "tasks",
         sa.Column("stream_id", big, primary_key=True, autoincrement=False),
-        sa.Column("task_id", sa.Text, nullable=False),
-        sa.Column("status", sa.Text, nullable=False),
-        sa.Column("platform", sa.Text, nullable=False),
-        sa.Column("model", sa.Text),
-        sa.Column("type", sa.Text),
+        sa.Column("task_id", word, nullable=False),
+        sa.Column("status", word, nullable=False),
+        sa.Column("platform", word, nullable=False),
+        sa.Column("model", word),
+        sa.Column("type", word),
         sa.Column("priority", sa.Integer, nullable=False),
         sa.Column("attempts", sa.Integer, nullable=False),
-        sa.Column("worker", sa.Text),
+        sa.Column("worker", word),
         sa.Column("available_at", moment, nullable=False),
         sa.Column("cancel_requested", sa.Boolean, nullable=False),
         sa.Column("prompt", sa.Text),
         sa.Column("output", sa.Text),
         sa.Column("partial_output", sa.Text),
-        sa.Column("finish_reason", sa.Text),
-        sa.Column("error_class", sa.Text),
+        sa.Column("finish_reason", word),
+        sa.Column("error_class", word),
         sa.Column("error", sa.Text),
         sa.Column("input_tokens", big),
         sa.Column("output_tokens", big),
@@ -81,11 +83,11 @@ def upgrade() -> None:
         sa.Column("submitted_at", moment, nullable=False),
         sa.Column("started_at", moment),
         sa.Column("ended_at", moment),
-        sa.Column("batch", sa.Text),
-        sa.Column("key", sa.Text),
-        sa.Column("fingerprint", sa.Text),
-        sa.Column("parent", sa.Text),
-        sa.Column("retry_of", sa.Text),
+        sa.Column("batch", word),
+        sa.Column("key", word),
+        sa.Column("fingerprint", word),
+        sa.Column("parent", word),
+        sa.Column("retry_of", word),
         sa.Column("labels", json, nullable=False),
         sa.Column("files_created", json),
         sa.UniqueConstraint("task_id", name="tasks_task_id_key"),
@@ -99,14 +101,14 @@ def upgrade() -> None:
     _partial_index("tasks_retry_of", "tasks", "retry_of IS NOT NULL", "retry_of")
     op.create_table(
         "blobs",
-        sa.Column("digest", sa.Text, primary_key=True),
+        sa.Column("digest", word, primary_key=True),
         sa.Column("size", big, nullable=False),
         sa.Column("data", sa.LargeBinary, nullable=False),
     )
     op.create_table(
         "workers",
-        sa.Column("worker_id", sa.Text, primary_key=True),
-        sa.Column("host", sa.Text, nullable=False),
+        sa.Column("worker_id", word, primary_key=True),
+        sa.Column("host", word, nullable=False),
         sa.Column("pid", sa.Integer, nullable=False),
         sa.Column("started_at", moment, nullable=False),
         sa.Column("heartbeat_at", moment, nullable=False),
@@ -119,7 +121,9 @@ def upgrade() -> None:
     )
     op.execute(sa.insert(head).values(id=1, position=0, digest=b""))
 
-    for statement in _POSTGRESQL_TRIGGERS if postgresql else _SQLITE_TRIGGERS:
+    for statement in (
+        (*_POSTGRESQL_DEFENCES, *_POSTGRESQL_STORAGE) if postgresql else _SQLITE_TRIGGERS
+    ):
         op.execute(statement)
     for name, body in _views(postgresql).items():
         op.execute(f"CREATE VIEW {name} AS {body}")
@@ -132,6 +136,7 @@ def downgrade() -> None:
         op.execute(f"DROP VIEW {name}")
     if postgresql:
         op.execute("DROP TRIGGER events_append_only ON events")
+        op.execute("DROP TRIGGER events_not_truncated ON events")
         op.execute("DROP FUNCTION perdure_events_append_only()")
     else:
         op.execute("DROP TRIGGER events_no_update")
@@ -168,7 +173,7 @@ _SQLITE_TRIGGERS = (
     BEGIN SELECT RAISE(ABORT, 'events are never deleted; see perdure redact'); END
     """,
 )
-_POSTGRESQL_TRIGGERS = (
+_POSTGRESQL_DEFENCES = (
     """
     CREATE FUNCTION perdure_events_append_only() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
@@ -178,7 +183,7 @@ _POSTGRESQL_TRIGGERS = (
                 IS NOT DISTINCT FROM
                 (OLD.position, OLD.stream_id, OLD.version, OLD.type, OLD.schema_version,
                  OLD.recorded_at, OLD.digest)
-            AND NOT OLD.data ? 'redacted'
+            AND OLD.data ->> 'redacted' IS NULL
             AND length(NEW.data ->> 'redacted') = 64
         THEN
             RETURN NEW;
@@ -190,6 +195,30 @@ _POSTGRESQL_TRIGGERS = (
     CREATE TRIGGER events_append_only BEFORE UPDATE OR DELETE ON events
     FOR EACH ROW EXECUTE FUNCTION perdure_events_append_only()
     """,
+    """
+    CREATE TRIGGER events_not_truncated BEFORE TRUNCATE ON events
+    FOR EACH STATEMENT EXECUTE FUNCTION perdure_events_append_only()
+    """,
+    # What is stored as text can be read as `jsonb` by everyone who asks, or it isn't stored.
+    """
+    ALTER TABLE events ADD CONSTRAINT events_data_check
+    CHECK (jsonb_typeof(data::jsonb) = 'object')
+    """,
+)
+# Rows that change all the time find room for their next version on their own page, and what they
+# leave behind is cleared away soon.
+_POSTGRESQL_STORAGE = (
+    """
+    ALTER TABLE log_head SET (
+        fillfactor = 10, autovacuum_vacuum_threshold = 500, autovacuum_vacuum_scale_factor = 0)
+    """,
+    "ALTER TABLE streams SET (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02)",
+    """
+    ALTER TABLE tasks SET (
+        fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02,
+        autovacuum_analyze_scale_factor = 0.02)
+    """,
+    "ALTER TABLE workers SET (fillfactor = 50)",
 )
 
 
@@ -206,12 +235,13 @@ def _views(postgresql: bool) -> dict[str, str]:
         if postgresql
         else "group_concat(piece.text, '')"
     )
+    data = "e.data::jsonb AS data" if postgresql else "e.data"
     digest = "encode(e.digest, 'hex')" if postgresql else "lower(hex(e.digest))"
     day = "(t.submitted_at AT TIME ZONE 'UTC')::date" if postgresql else "date(t.submitted_at)"
     count_if = "count(*) FILTER (WHERE {})".format
     return {
         "task_events": f"""
-            SELECT e.position, s.task_id, e.version, e.type, e.data, e.recorded_at,
+            SELECT e.position, s.task_id, e.version, e.type, {data}, e.recorded_at,
                    {digest} AS digest
             FROM events e JOIN streams s ON s.stream_id = e.stream_id
         """,

@@ -1,0 +1,94 @@
+"""What an attempt has produced and the log doesn't have yet; pure, and in order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from perdure.events import Chunk, ChunkKind, Event
+from perdure.text import clean_text
+
+__all__ = ["Gathering"]
+
+
+@dataclass(slots=True)
+class _Run:
+    """Pieces of one kind in a row; they become one chunk."""
+
+    kind: ChunkKind
+    texts: list[str] = field(default_factory=list[str])
+
+
+class Gathering:
+    """Gathers what an adapter yields, and gives it away as events of the log.
+
+    It knows the whole output by its length and its digest, since outputs can be long.
+
+    Args:
+        lengths: Characters that there are, by kind, where the output goes on.
+        output: The text that there is.
+        keep: Whether the text is needed as a whole.
+
+    Attributes:
+        characters: How much has gathered.
+    """
+
+    def __init__(self, lengths: Mapping[ChunkKind, int], output: str, *, keep: bool) -> None:
+        self.characters = 0
+        self._parts: list[_Run | Event] = []
+        self._cursor: str | None = None
+        self._lengths: dict[ChunkKind, int] = dict(lengths)
+        self._digest = hashlib.sha256(output.encode())
+        self._texts = [output] if keep else None
+
+    def add(self, event: Event) -> None:
+        """Take what came next; a chunk without text only moves the cursor on."""
+        if not isinstance(event, Chunk):
+            self._parts.append(event)
+            return
+        self._cursor = event.cursor or self._cursor
+        if not event.text:
+            return
+        last = self._parts[-1] if self._parts else None
+        if not isinstance(last, _Run) or last.kind != event.kind:
+            last = _Run(event.kind)
+            self._parts.append(last)
+        last.texts.append(event.text)
+        self.characters += len(event.text)
+
+    def take(self) -> list[Event]:
+        """Return what has gathered, and forget it: pieces of one kind in a row as one chunk."""
+        parts, cursor = self._parts, self._cursor
+        self._parts, self._cursor, self.characters = [], None, 0
+        # The cursor goes with the last piece of output: after it the platform's stream goes on.
+        last = next((part for part in reversed(parts) if isinstance(part, _Run)), None)
+        if last is None:
+            self._cursor = cursor
+        return [
+            part if isinstance(part, Event) else self._chunk(part, cursor if part is last else None)
+            for part in parts
+        ]
+
+    def _chunk(self, run: _Run, cursor: str | None) -> Chunk:
+        text = clean_text("".join(run.texts))
+        offset = self.length(run.kind)
+        self._lengths[run.kind] = offset + len(text)
+        if run.kind == "text":
+            self._digest.update(text.encode())
+            if self._texts is not None:
+                self._texts.append(text)
+        return Chunk(text=text, kind=run.kind, offset=offset, cursor=cursor)
+
+    def length(self, kind: ChunkKind = "text") -> int:
+        """Return the characters of that kind, what was not taken left out."""
+        return self._lengths.get(kind, 0)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the text in UTF-8, in hexadecimal; as `length`."""
+        return self._digest.hexdigest()
+
+    def text(self) -> str:
+        """Return the whole text, what was not taken included; only where it is kept."""
+        runs = [part for part in self._parts if isinstance(part, _Run) and part.kind == "text"]
+        return "".join((*(self._texts or ()), *(clean_text("".join(run.texts)) for run in runs)))

@@ -1,0 +1,126 @@
+"""Hearing of other processes' commits on PostgreSQL: one LISTEN connection per process.
+
+A notification is a hint and nothing more: whoever gets one looks into the log. It is sent after a
+commit, outside of its transaction, for a NOTIFY inside would make all commits wait for each other.
+What is lost with a process that dies in between is found by a slow look.
+
+Behind a proxy that pools transactions LISTEN succeeds and nothing is ever delivered. So the first
+thing a listener does is to notify itself; where that doesn't come back, it polls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import psycopg
+
+from perdure.store.dialect import News
+
+__all__ = ["CHANNEL", "Listener"]
+
+CHANNEL: Final = "perdure"
+POLL_SECONDS: Final = 0.015
+IDLE_SECONDS: Final = 0.05
+# For what was never announced, as long as somebody follows the log.
+SLOW_SECONDS: Final = 2.0
+_PROBE: Final = "probe"
+
+
+class Listener:
+    """Tells of other processes' commits, as soon as it is told itself.
+
+    Attributes:
+        hears: Whether notifications come through.
+        token: What this process puts into its own notifications, so that it can tell them.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[psycopg.AsyncConnection[Any]]],
+        on_news: Callable[[News], None],
+        active: Callable[[], bool],
+        token: str,
+    ) -> None:
+        """Make a listener, to be started with `run`.
+
+        Args:
+            connect: Opens a connection in autocommit mode.
+            on_news: Called on the event loop.
+            active: Returns whether anybody follows the log now.
+            token: This process.
+        """
+        self.hears = False
+        self.token = token
+        self._connect = connect
+        self._on_news = on_news
+        self._active = active
+        self._probe = f"{_PROBE} {secrets.token_hex(8)}"
+
+    async def run(self) -> None:
+        """Listen until cancelled, on a new connection whenever one is lost."""
+        pause = 0.1
+        while True:
+            with contextlib.suppress(psycopg.Error, OSError):
+                connection = await self._connect()
+                pause = 0.1
+                try:
+                    await self._listen(connection)
+                finally:
+                    self.hears = False
+                    await connection.close()
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        connection.add_notify_handler(lambda notify: self._understand(notify.payload))
+        await connection.execute(f"LISTEN {CHANNEL}".encode())
+        await connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, self._probe))
+        self._on_news(News())  # whatever was committed before anybody listened
+        await self._poll(connection)
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(connection.fileno(), readable.set)
+        try:
+            while True:
+                self._read(connection.pgconn)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(SLOW_SECONDS):
+                        await readable.wait()
+                        readable.clear()
+                        continue
+                if self._active():
+                    self._on_news(News(work=False))
+        finally:
+            loop.remove_reader(connection.fileno())
+
+    async def _poll(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Look at the log again and again, until a notification comes through."""
+        seen: object = None
+        while not self.hears:
+            if self._active():
+                cursor = await connection.execute("SELECT position FROM log_head")
+                position = await cursor.fetchone()
+                if position != seen:
+                    self._on_news(News(work=False))
+                seen = position
+                await asyncio.sleep(POLL_SECONDS)
+            else:
+                self._read(connection.pgconn)
+                await asyncio.sleep(IDLE_SECONDS)
+
+    def _read(self, pgconn: Any) -> None:  # noqa: ANN401
+        pgconn.consume_input()
+        while (found := pgconn.notifies()) is not None:
+            self._understand(bytes(found.extra).decode(errors="replace"))
+
+    def _understand(self, payload: str) -> None:
+        if payload.startswith(_PROBE):
+            self.hears = self.hears or payload == self._probe
+            return
+        token, _, kind = payload.partition(" ")
+        if token != self.token:
+            self._on_news(News(work="w" in kind))

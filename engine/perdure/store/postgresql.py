@@ -1,0 +1,468 @@
+"""A database on a PostgreSQL server.
+
+Any number of processes write. What keeps them apart is PostgreSQL's own: row locks on the streams
+that a transaction appends to (taken in one order by all), then on the head of the log; a process
+waits for another one only for the moment between those two and the commit. The time is the
+server's, so hosts need not agree on it.
+
+Nothing is set for a session, only for a transaction: behind a proxy that pools transactions the
+session belongs to others as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import secrets
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import orjson
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from perdure.errors import (
+    DatabaseCorrupt,
+    DatabaseIncompatible,
+    DatabaseUnavailable,
+    StoreError,
+)
+from perdure.store import schema
+from perdure.store.dialect import (
+    Dialect,
+    News,
+    Writer,
+    alembic_config,
+    refuse_old,
+    stored_revision,
+    take_time,
+)
+from perdure.store.readonly import BUSY_SECONDS, Reader
+from perdure.store.schema import events, log_head
+
+try:
+    import psycopg
+    from psycopg.types.datetime import TimestamptzLoader
+    from psycopg.types.string import TextLoader
+except ImportError:
+    raise DatabaseIncompatible(
+        "for PostgreSQL a driver is missing: pip install 'perdure[postgres]'"
+    ) from None
+
+from perdure.store.listening import CHANNEL, Listener
+
+__all__ = ["CONNECT", "Postgresql", "PostgresqlWriter", "shown_place", "translated"]
+
+OLDEST_POSTGRESQL: Final = 12_00_00
+# So long the server may be away, restarted or replaced, before whoever waits for it is told.
+PATIENCE_SECONDS: Final = 60.0
+# A writer that stops in the middle of a transaction (paused, cut off) keeps everybody waiting: the
+# server ends it after that time. Before version 17 it does so only where it waits for the next
+# statement, not where it waits for the rest of one.
+ABANDONED_SECONDS: Final = 20
+# Any number will do, as long as nobody else takes the same one.
+_MIGRATION_LOCK: Final = schema.APPLICATION_ID
+
+# What another try can mend, by the class of the SQLSTATE or the whole of it: connections, too many
+# of them, the server's shutdown and start, conflicts between transactions, a server that became a
+# standby.
+_READ_ONLY: Final = "25006"
+_PASSING: Final = ("08", "40", "53300", "57P", "25P03", "25P04", _READ_ONLY)
+
+
+class Postgresql(Dialect):
+    """A database on a server."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url.set(drivername="postgresql+psycopg")
+        self.place = shown_place(url)
+        self.skew = timedelta()
+        self.token = secrets.token_hex(6)
+
+    def prepare(self, *, create: bool, upgrade: bool) -> None:
+        """Make sure that the database is there, is ours, and has today's schema.
+
+        It is never created or changed on the way, whatever the arguments say: on a server that many
+        workers share that is a step of its own.
+        """
+        with self.snapshot() as connection:
+            self._check_server(connection)
+            revision = self._revision(connection)
+        if revision != schema.REVISION:
+            refuse_old(revision, self.place, "`perdure db upgrade` sets it up")
+
+    def upgrade(self) -> None:
+        """Create the tables, or bring an older schema up to today's."""
+        from alembic import command
+
+        with self.translate(), self.migration() as connection:
+            take_time(connection)
+            self._check_server(connection)
+            if self._revision(connection) != schema.REVISION:
+                command.upgrade(alembic_config(connection), "head")
+
+    def _check_server(self, connection: Connection) -> None:
+        raw: Any = connection.connection.dbapi_connection
+        if raw.info.server_version < OLDEST_POSTGRESQL:
+            raise DatabaseIncompatible(
+                f"{self.place} is on PostgreSQL {raw.info.server_version // 10000}: perdure needs "
+                f"{OLDEST_POSTGRESQL // 10000} or newer"
+            )
+
+    def _revision(self, connection: Connection) -> str | None:
+        known = connection.exec_driver_sql(
+            "SELECT to_regclass('log_head') IS NOT NULL AND to_regclass('alembic_version') IS NOT "
+            "NULL"
+        ).scalar()
+        if known:
+            found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+            if found == schema.REVISION:
+                return str(found)
+        return stored_revision(connection, self.place)
+
+    @contextlib.contextmanager
+    def migration(self) -> Generator[Connection, None, None]:
+        """Give a connection in a write transaction, for migrations, and commit at the end."""
+        engine = self._sync_engine()
+        try:
+            with engine.begin() as connection:
+                # Of several that start at once, one migrates; DDL is in the transaction.
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+                yield connection
+        finally:
+            engine.dispose()
+
+    def writer(self) -> PostgresqlWriter:
+        """Open the connection to write with. Belongs to the thread that calls this."""
+        with self.translate():
+            return PostgresqlWriter(self, self._sync_engine())
+
+    def _sync_engine(self) -> Engine:
+        engine = sa.create_engine(self.url, poolclass=NullPool, **_ENGINE)
+        event.listen(engine, "connect", _prepare_writer)
+        event.listen(engine, "begin", _begin)
+        return engine
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Generator[Connection, None, None]:
+        """Give a connection that sees one state of the database and keeps no writer out."""
+        engine = sa.create_engine(
+            self.url,
+            poolclass=NullPool,
+            **_ENGINE,
+            isolation_level="REPEATABLE READ",
+            execution_options={"postgresql_readonly": True},
+        )
+        event.listen(engine, "connect", _prepare_connection)
+        try:
+            with self.translate(), engine.begin() as connection:
+                yield connection
+        finally:
+            engine.dispose()
+
+    def readers(self) -> AsyncEngine:
+        """Make the pool of connections that can't write."""
+        engine = create_async_engine(
+            self.url, pool_size=4, max_overflow=0, pool_timeout=60, **_ENGINE
+        )
+        event.listen(engine.sync_engine, "connect", _prepare_reader)
+        return engine
+
+    def listener(self, on_news: Callable[[News], None], active: Callable[[], bool]) -> Listener:
+        """Return what hears of other processes' commits."""
+        return Listener(self._connect_plainly, on_news, active, self.token)
+
+    async def _connect_plainly(self) -> psycopg.AsyncConnection[Any]:
+        url = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        return await psycopg.AsyncConnection.connect(url, autocommit=True, **CONNECT)
+
+    def size(self) -> int:
+        """Return how many bytes its tables and indexes take on disk."""
+        with self.snapshot() as connection:
+            return sum(
+                connection.exec_driver_sql(f"SELECT pg_total_relation_size('{table}')").scalar_one()
+                for table in schema.metadata.tables
+            )
+
+    def read_only(self) -> Reader:
+        """Open a plain connection that can't change anything, for people's own SQL."""
+        return Reader.open(self.url.render_as_string(hide_password=False))
+
+    def translate(self) -> AbstractContextManager[None]:
+        """Turn what the driver raises into a `StoreError` of one line."""
+        return _translate(self.place)
+
+    @property
+    def now(self) -> datetime:
+        """The time by the server's clock (UTC), as far as this process has heard of it."""
+        return datetime.now(UTC) + self.skew
+
+    def is_passing(self, error: BaseException) -> bool:
+        """Return whether a read that failed with ``error`` may be tried again."""
+        return is_passing(error) and getattr(_raised(error), "sqlstate", None) != _READ_ONLY
+
+    def pairs(self, values: Mapping[str, str]) -> sa.TableValuedAlias:
+        """Return a table of ``values``, with the columns `key` and `value`, as one parameter."""
+        given = sa.cast(orjson.dumps(values).decode(), schema.PostgresqlJson("JSONB"))
+        return sa.func.jsonb_each_text(given).table_valued("key", "value")
+
+    def is_one_of(self, column: sa.Column[Any], values: Iterable[str]) -> sa.ColumnElement[bool]:
+        """Return the condition that ``column`` has one of ``values``: one parameter for all."""
+        given = sa.cast(orjson.dumps(list(values)).decode(), schema.PostgresqlJson("JSONB"))
+        listed = sa.func.jsonb_array_elements_text(given).table_valued("value")
+        return column.in_(sa.select(listed.c.value))
+
+
+class PostgresqlWriter(Writer):
+    """The connection that writes."""
+
+    races = True
+
+    def __init__(self, dialect: Postgresql, engine: Engine) -> None:
+        self._dialect = dialect
+        self._engine = engine
+        self.connection = engine.connect()
+
+    def translated(self) -> AbstractContextManager[None]:
+        """Turn what the driver raises into a `StoreError` of one line."""
+        return self._dialect.translate()
+
+    def now(self) -> datetime:
+        """Return the time that is written into the log (UTC): the server's."""
+        now: datetime = self.connection.info["now"]
+        self._dialect.skew = now - datetime.now(UTC)
+        return now
+
+    def settle(self, error: BaseException, mark: tuple[int, bytes] | None, since: float) -> bool:
+        """Find out what became of a transaction that ended in an error, with a new connection.
+
+        Whether a commit whose answer never came has happened is read back: the head of the log is
+        locked for that, so that whoever had it locked before has come to an end, one way or the
+        other. What is found then is final.
+
+        Args:
+            error: What `transaction` raised.
+            mark: The position and the digest of the last event that was to be written.
+            since: When the transaction was begun for the first time, as `time.monotonic` counts.
+
+        Returns:
+            Whether it was committed; if not, nothing was, and it may be done again.
+
+        Raises:
+            BaseException: ``error``, where another try can't help, or waiting was in vain.
+        """
+        if not is_passing(error):
+            raise error
+        unknown = self.committing and mark is not None
+        pause = 0.01
+        while True:
+            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - so that rivals part
+            pause = min(pause * 2, 1.0)
+            try:
+                if is_lost(error) or self.connection.invalidated or unknown:
+                    self._reconnect()
+                return unknown and mark is not None and self._has(mark)
+            except (SQLAlchemyError, psycopg.Error) as failure:
+                if time.monotonic() - since > PATIENCE_SECONDS:
+                    final = translated(failure, self._dialect.place)
+                    if unknown:
+                        final = DatabaseUnavailable(f"{final}; what was written last may be there")
+                    raise final from failure
+
+    def ready(self) -> None:
+        """Make sure that there is a connection to begin a transaction on."""
+        if self.connection.closed or self.connection.invalidated:
+            self._reconnect()
+
+    def _reconnect(self) -> None:
+        if not self.connection.closed:
+            self.connection.invalidate()
+            self.connection.close()
+        self.connection = self._engine.connect()
+
+    def _has(self, mark: tuple[int, bytes]) -> bool:
+        position, digest = mark
+        with self.connection.begin():
+            self.connection.execute(sa.select(log_head.c.position).with_for_update())
+            found = self.connection.execute(
+                sa.select(events.c.digest).where(events.c.position == position)
+            ).scalar()
+        return found is not None and bytes(found) == digest
+
+    def others_committed(self) -> bool:
+        """Return whether another connection has committed since this was last asked."""
+        return False  # a listener hears of it, not the writer
+
+    def announce(self, *, work: bool) -> None:
+        """Tell other processes that something was committed: a hint, which may get lost."""
+        raw: Any = self.connection.connection.dbapi_connection
+        payload = f"{self._dialect.token} {'w' if work else '-'}"
+        # What others are told of is safe already: this needs no flush of its own.
+        with self.translated():
+            raw.execute(
+                "BEGIN; SET LOCAL synchronous_commit = off; "
+                f"SELECT pg_notify('{CHANNEL}', '{payload}'); COMMIT"
+            )
+
+    def checkpoint_if_due(self) -> None:
+        """Do nothing: the server sees to that."""
+
+    def erase(self) -> bool:
+        """Have what was overwritten overwritten on disk as well; returns whether it is gone.
+
+        The server keeps old versions of rows until it vacuums. What it has written to its
+        write-ahead log, and what was backed up, stays until those are recycled.
+        """
+        return False
+
+    def vacuum(self, *, full: bool) -> None:
+        """Give the space that nothing needs any more back to the server, with ``full`` to the disk.
+
+        Args:
+            full: Write the tables anew; nobody can use them meanwhile.
+        """
+        raw: Any = self.connection.connection.dbapi_connection
+        with self.translated():
+            for table in schema.metadata.tables:
+                raw.execute(f"VACUUM ({'FULL, ANALYZE' if full else 'ANALYZE'}) {table}")
+
+    def close(self) -> None:
+        """Close the connection."""
+        with contextlib.suppress(SQLAlchemyError, psycopg.Error):
+            self.connection.close()
+        self._engine.dispose()
+
+
+CONNECT: Final[Mapping[str, Any]] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "application_name": "perdure",
+    "prepare_threshold": None,  # a prepared statement belongs to the session, too
+}
+_ENGINE: Final[Mapping[str, Any]] = {"use_native_hstore": False, "connect_args": CONNECT}
+# One round trip.
+_BEGIN: Final = f"""
+    BEGIN ISOLATION LEVEL READ COMMITTED;
+    SET LOCAL idle_in_transaction_session_timeout = '{ABANDONED_SECONDS}s';
+    SET LOCAL lock_timeout = '{BUSY_SECONDS:.0f}s';
+    SELECT CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
+        THEN set_config('transaction_timeout', '{ABANDONED_SECONDS}s', true) END;
+    SELECT clock_timestamp()
+"""
+
+
+class _AnyTimestamptz(TimestamptzLoader):
+    """A moment in UTC; the year 1 for one that Python doesn't know (infinity, before Christ)."""
+
+    def load(self, data: Any) -> datetime:  # noqa: ANN401 - bytes, as psycopg has them
+        try:
+            return super().load(data).astimezone(UTC)
+        except (psycopg.DataError, OverflowError):
+            return datetime(1, 1, 1, tzinfo=UTC)
+
+
+def _prepare_connection(dbapi: Any, _record: object) -> None:  # noqa: ANN401
+    adapters = getattr(dbapi, "driver_connection", dbapi).adapters
+    for name in ("json", "jsonb"):  # as text: what is hashed is what is stored
+        adapters.register_loader(name, TextLoader)
+    adapters.register_loader("timestamptz", _AnyTimestamptz)
+
+
+def _prepare_writer(dbapi: Any, record: object) -> None:  # noqa: ANN401
+    _prepare_connection(dbapi, record)
+    dbapi.autocommit = True  # we say BEGIN ourselves
+
+
+def _begin(connection: Connection) -> None:
+    """Begin a transaction, set what holds for it, and note the server's time."""
+    raw: Any = connection.connection.dbapi_connection
+    with raw.cursor() as cursor:
+        cursor.execute(_BEGIN)
+        while cursor.nextset():
+            pass
+        connection.info["now"] = cursor.fetchone()[0]
+
+
+def _prepare_reader(dbapi: Any, record: object) -> None:  # noqa: ANN401
+    _prepare_connection(dbapi, record)
+    dbapi.set_read_only(True)
+
+
+def shown_place(url: URL) -> str:
+    """Return where a database is, for people to read: no password, no options."""
+    host = url.host or url.query.get("host") or "localhost"
+    port = f":{url.port}" if url.port else ""
+    return f"PostgreSQL database {url.database or url.username or ''} at {host}{port}"
+
+
+@contextlib.contextmanager
+def _translate(place: str) -> Generator[None, None, None]:
+    """Turn what the driver raises into a `StoreError` of one line. The one boundary for that."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except IntegrityError:
+        raise  # the log knows what it was doing, and decides
+    except (SQLAlchemyError, psycopg.Error) as error:
+        raise translated(error, place) from error
+
+
+def origin_of(error: BaseException) -> BaseException:
+    """Return what the driver raised, where SQLAlchemy has wrapped it."""
+    return error.orig if isinstance(error, DBAPIError) and error.orig else error
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether another try can mend what the driver raised, or what was made of it."""
+    state = getattr(_raised(error), "sqlstate", None) or ""
+    return is_lost(error) or state.startswith(_PASSING)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether the connection is gone with it."""
+    origin = _raised(error)
+    if not isinstance(origin, psycopg.OperationalError | psycopg.InterfaceError):
+        return False
+    state = origin.sqlstate
+    return state is None or state.startswith(("08", "57P", "25P03", "25P04"))
+
+
+def _raised(error: BaseException) -> BaseException:
+    cause = error.__cause__ if isinstance(error, StoreError) and error.__cause__ else error
+    return origin_of(cause)
+
+
+def translated(error: BaseException, place: str) -> StoreError:
+    """Return the error of one line for what the driver or SQLAlchemy raised."""
+    origin = origin_of(error)
+    state = getattr(origin, "sqlstate", None) or ""
+    what = " ".join(str(origin).split())
+    if isinstance(error, PoolTimeout):
+        return DatabaseUnavailable(f"{place}: all reading connections are busy: try again")
+    if state == "55P03":
+        return DatabaseUnavailable(
+            f"{place} is locked by another session for more than {BUSY_SECONDS:.0f} s: "
+            "end what holds it and try again"
+        )
+    if state == "53100":
+        return DatabaseUnavailable(f"no space left for {place}: free some and run again")
+    if state in ("42501", "25006"):
+        return DatabaseUnavailable(f"{place} refuses: {what}; check the role's rights")
+    if state == "3D000":
+        return DatabaseUnavailable(f"{place} does not exist: create it with createdb")
+    if state in ("28P01", "28000"):
+        return DatabaseUnavailable(f"{place} does not let us in: check user and password")
+    if state.startswith("XX"):
+        return DatabaseCorrupt(f"{place} is damaged ({what}): restore a backup")
+    return DatabaseUnavailable(f"{place}: {what}")

@@ -1,0 +1,166 @@
+"""The command line on a PostgreSQL database: the same commands, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from invoking import Perdure
+
+from servers.postgresql import Server
+
+Lines = Callable[..., list[str]]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def url(perdure: Perdure, make_server_database: Callable[[], str], tmp_path: Path) -> str:
+    """A database with a batch of three tasks that have ended."""
+    url = make_server_database()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        '{"prompt":"Öne"}\n{"prompt":"two 100%","labels":{"a":"b c"}}\n{"prompt":"x"}\n'
+    )
+    done = perdure("--db", url, "run", str(rows), "-p", "demo", "--name", "b1")
+    assert done.code == 0, done.err
+    return url
+
+
+@pytest.fixture
+def lines(perdure: Perdure) -> Lines:
+    """A function that returns what a command writes to stdout."""
+
+    def call(url: str, *arguments: str) -> list[str]:
+        done = perdure("--db", url, *arguments)
+        assert done.code == 0, done.err
+        return done.lines
+
+    return call
+
+
+@pytest.fixture
+def refused(perdure: Perdure) -> Refused:
+    """A function that returns the one line that a command fails with."""
+
+    def call(url: str, *arguments: str) -> str:
+        done = perdure("--db", url, *arguments)
+        assert done.code == 1
+        assert len(done.err.splitlines()) == 1
+        return done.err
+
+    return call
+
+
+def test_looking(url: str, lines: Lines) -> None:
+    """list, show, log, tail, output, stats, export: as on a file."""
+    assert len(lines(url, "list", "--status", "completed", "--batch", "b1", "--since", "1h")) == 3
+    (found,) = lines(url, "list", "--search", "TWO 100%", "--label", "a=b c")
+    task_id = found.split("\t")[0]
+    assert lines(url, "list", "--search", "100_") == []
+    assert lines(url, "show", task_id[-8:])[0] == f"{task_id}  completed"
+    assert lines(url, "log", task_id)[0].split("\t")[2] == "submitted"
+    assert lines(url, "tail", task_id) == lines(url, "output", task_id) != []
+    whole, *others = map(json.loads, lines(url, "stats", "--json"))
+    assert (whole["tasks"], whole["completed"], {one["kind"] for one in others}) == (
+        3, 3, {"model", "batch"},
+    )  # fmt: skip
+    assert len(lines(url, "export", "--batch", "b1")) == 3
+    event = json.loads(lines(url, "log", task_id, "--json")[0])
+    assert event["data"]["task"]["labels"] == {"a": "b c"}
+    assert len(event["digest"]) == 64
+
+
+def test_looking_after_it(url: str, lines: Lines) -> None:
+    """verify, redact, rebuild, retry, vacuum, doctor: as on a file."""
+    (seal,) = lines(url, "verify")
+    task_id = lines(url, "list")[0].split("\t")[0]
+    lines(url, "redact", "--yes", task_id)
+    lines(url, "rebuild")
+    lines(url, "verify", "--expect", seal)
+    lines(url, "db", "vacuum")
+    lines(url, "retry", lines(url, "list")[1].split("\t")[0])
+    lines(url, "worker", "--until-done")
+    states = {line.split("\t")[0]: line.split("\t")[1] for line in lines(url, "doctor")}
+    assert states["schema"] == states["log"] == states["server"] == "ok"
+
+
+def test_setting_up(postgresql_server: Server, lines: Lines, perdure: Perdure) -> None:
+    """On an empty database every command says what to do; that command does it, also twice."""
+    postgresql_server.execute("DROP DATABASE IF EXISTS setting_up")
+    postgresql_server.execute("CREATE DATABASE setting_up")
+    url = postgresql_server.url("setting_up")
+    for command in (("list",), ("verify",), ("stats",), ("doctor",)):
+        done = perdure("--db", url, *command)
+        assert done.code == 1
+        assert "perdure db upgrade" in done.out + done.err
+    lines(url, "db", "upgrade")
+    lines(url, "db", "upgrade")
+    assert lines(url, "list") == []
+
+
+def test_backup_says_what_to_use(url: str, tmp_path: Path, refused: Refused) -> None:
+    """A server's database isn't copied into a file by perdure."""
+    assert "pg_dump" in refused(url, "db", "backup", str(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DELETE FROM tasks",
+        "WITH gone AS (DELETE FROM tasks RETURNING 1) SELECT * FROM gone",
+        "SELECT 1; DELETE FROM tasks",
+        "SELECT 1; COMMIT; DELETE FROM tasks",
+        "/* SELECT */ DELETE FROM tasks",
+        "SET TRANSACTION READ WRITE",
+        "SET default_transaction_read_only = off",
+        "BEGIN READ WRITE",
+        "COMMIT",
+        "COPY tasks TO PROGRAM 'cat'",
+        "COPY (SELECT 1) TO '/dev/null'",
+        "DO $$ BEGIN DELETE FROM tasks; END $$",
+        "EXPLAIN ANALYZE DELETE FROM tasks",
+        "SELECT 1 INTO stolen",
+        "SELECT * FROM tasks FOR UPDATE",
+        "SELECT nextval('x')",
+        "CREATE TABLE x (y integer)",
+        "TRUNCATE tasks",
+        "SELECT set_config('transaction_read_only', 'off', false)",
+        "VACUUM",
+        "nonsense",
+        "SELECT $1",
+    ],
+)
+def test_sql_only_reads(url: str, query: str, lines: Lines, refused: Refused) -> None:
+    """Whatever is tried with `perdure sql`, nothing is changed, and one line says why."""
+    refused(url, "sql", query)
+    assert len(lines(url, "list")) == 3
+
+
+def test_sql(url: str, lines: Lines) -> None:
+    """Queries work with all that PostgreSQL has; without one the columns are shown."""
+    assert lines(url, "sql", "SELECT labels ->> 'a' AS a FROM tasks WHERE labels ? 'a'") == [
+        "a", "b c",
+    ]  # fmt: skip
+    assert lines(url, "sql", "TABLE batches")[1].startswith("b1\t3\t")
+    (row,) = lines(url, "sql", "--json", "SELECT sum(1.5) AS s, true AS t, now() AS n, NULL AS u")
+    assert json.loads(row) | {"n": ""} == {"s": 1.5, "t": True, "n": "", "u": None}
+    assert "task_events\tview\tdata\tjsonb" in lines(url, "sql")
+
+
+def test_passwords_are_not_shown(url: str, perdure: Perdure, refused: Refused) -> None:
+    """A URL with a password comes back without it."""
+    secret = url.replace("perdure@", "perdure:sesame@")
+    for command in (
+        ("list",),
+        ("doctor",),
+        ("stats",),
+        ("retry", "--batch", "b1"),
+        ("verify",),
+        ("worker", "--until-done"),
+    ):
+        done = perdure("--db", secret, *command)
+        assert "sesame" not in done.out + done.err
+    away = "postgresql://me:sesame@127.0.0.1:1/x"
+    assert "sesame" not in refused(away, "list")
