@@ -13,7 +13,8 @@ import orjson
 from benchmarks.measuring import Row, Target, samples
 from benchmarks.session import Session
 from perdure.store.database import Database
-from perdure.store.maintenance import rebuild, verify
+from perdure.store.rebuilding import rebuild
+from perdure.store.verification import verify
 
 
 def measure(session: Session) -> Sequence[Row]:

@@ -29,7 +29,6 @@ from perdure.platforms import Platforms
 from perdure.store.claims import Scope
 from perdure.store.database import Database
 from perdure.store.log import EventLog
-from perdure.store.maintenance import redact
 from perdure.store.readonly import default_database
 from perdure.store.records import (
     Records,
@@ -38,6 +37,7 @@ from perdure.store.records import (
     find_tasks,
     read_events,
 )
+from perdure.store.redaction import redact
 from perdure.store.transaction import Transaction
 from perdure.streaming import TextChunk
 from perdure.structured import parse_output

@@ -32,7 +32,7 @@ from stories import (
 
 from perdure.events import Chunk, Completed
 from perdure.store.database import Database
-from perdure.store.maintenance import redact
+from perdure.store.redaction import redact
 from perdure.store.transaction import FoldCache, Transaction
 
 

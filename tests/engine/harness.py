@@ -26,7 +26,8 @@ from perdure.attempt import Timing
 from perdure.events import Chunk, Running
 from perdure.policy import RetryPolicy
 from perdure.store.database import Database
-from perdure.store.maintenance import compare, verify
+from perdure.store.rebuilding import compare
+from perdure.store.verification import verify
 from perdure.streaming import TextChunk
 
 # The path of a SQLite file, or the URL of a PostgreSQL database.

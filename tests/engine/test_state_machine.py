@@ -63,9 +63,10 @@ from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption
 from perdure.store import claims
 from perdure.store.claims import Claimed, Scope
 from perdure.store.database import Database, Writer
-from perdure.store.maintenance import compare, rebuild, verify
+from perdure.store.rebuilding import compare, rebuild
 from perdure.store.schema import iso
 from perdure.store.transaction import Transaction
+from perdure.store.verification import verify
 from perdure.testing import ScriptedAdapter
 
 PLATFORMS: Final = ("one", "two")

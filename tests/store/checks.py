@@ -9,7 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from perdure.store.database import Database
-from perdure.store.maintenance import compare, verify
+from perdure.store.rebuilding import compare
+from perdure.store.verification import verify
 from store.backends import Backend, Rows, Store
 
 TABLES = ("log_head", "streams", "events", "tasks", "blobs", "workers")

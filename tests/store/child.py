@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from perdure.errors import PerdureError
 from perdure.events import Chunk, Completed
 from perdure.store.database import Database
-from perdure.store.maintenance import verify
+from perdure.store.verification import verify
 from store.backends import opened, running, submitted
 
 

@@ -32,8 +32,9 @@ from perdure.events import (
 from perdure.platforms import Platforms
 from perdure.store import log as log_module
 from perdure.store.database import Database, Writer
-from perdure.store.maintenance import redact, verify
+from perdure.store.redaction import redact
 from perdure.store.transaction import Transaction
+from perdure.store.verification import verify
 from perdure.submission import prepare, submit
 from perdure.task import Task, Usage
 from perdure.testing import ScriptedAdapter

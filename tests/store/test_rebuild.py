@@ -31,8 +31,10 @@ from perdure.events import (
 from perdure.store import sqlite as sqlite_module
 from perdure.store.content import separate
 from perdure.store.database import Database
-from perdure.store.maintenance import compare, rebuild, redact, verify
+from perdure.store.rebuilding import compare, rebuild
 from perdure.store.records import Records, read_events
+from perdure.store.redaction import redact
+from perdure.store.verification import verify
 from perdure.task import Message, Task, TaskConstraints, Usage
 from store.backends import AllBackends, Backend, Rows, opened, running, submitted, tell_all, write
 from store.varied import tell
@@ -446,7 +448,7 @@ class TestDamage:
         self, backend: Backend, database_url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Paging finds the same as one page, wherever the pages end."""
-        monkeypatch.setattr("perdure.store.maintenance.PAGE", 30)
+        monkeypatch.setattr("perdure.store.scanning.PAGE", 30)
         histories = [
             (f"t{n}", [(submitted(), running())] + [(Cancelled(),)] * (n % 2)) for n in range(17)
         ]

@@ -26,9 +26,11 @@ from perdure.platforms import Platforms
 from perdure.store import sqlite as sqlite_module
 from perdure.store.claims import load_blobs
 from perdure.store.database import Database
-from perdure.store.maintenance import compare, rebuild, redact, verify
+from perdure.store.rebuilding import compare, rebuild
 from perdure.store.records import Records
+from perdure.store.redaction import redact
 from perdure.store.schema import VIEWS
+from perdure.store.verification import verify
 from perdure.submission import prepare as prepare_task
 from perdure.submission import submit
 from perdure.task import Attachment, Message, Task, TaskStatus

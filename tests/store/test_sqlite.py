@@ -13,8 +13,8 @@ import pytest
 from perdure.errors import DatabaseUnavailable
 from perdure.store import readonly
 from perdure.store import sqlite as sqlite_module
-from perdure.store.maintenance import verify
 from perdure.store.transaction import Transaction
+from perdure.store.verification import verify
 from store.backends import Sqlite, Store, opened
 from store.checks import assert_sound, gapless
 from store.children import run

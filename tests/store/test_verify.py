@@ -20,8 +20,9 @@ from sqlalchemy.exc import DBAPIError
 from perdure.errors import DatabaseCorrupt, StoreError
 from perdure.events import EVENT_TYPES, chain_digest
 from perdure.store.database import Database
-from perdure.store.maintenance import VerifyReport, compare, rebuild, verify
+from perdure.store.rebuilding import compare, rebuild
 from perdure.store.schema import Timestamp, tasks
+from perdure.store.verification import VerifyReport, verify
 from store.backends import AllBackends, Backend, opened
 from store.varied import TASK_IDS, tell
 
@@ -156,7 +157,7 @@ class TestUntouched:
 
     def test_progress(self, story: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Progress is told on the way, and paging finds the same as one page."""
-        monkeypatch.setattr("perdure.store.maintenance.PAGE", 7)
+        monkeypatch.setattr("perdure.store.scanning.PAGE", 7)
         told: list[tuple[int, int]] = []
         with Database(story).snapshot() as connection:
             report = verify(connection, progress=lambda done, all_: told.append((done, all_)))

@@ -21,7 +21,7 @@ from perdure.events import (
     UsageReported,
 )
 from perdure.platforms import Platforms
-from perdure.store.maintenance import redact
+from perdure.store.redaction import redact
 from perdure.submission import prepare, submit
 from perdure.task import Message, Task, TaskConstraints, Usage
 from perdure.testing import ScriptedAdapter

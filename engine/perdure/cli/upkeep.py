@@ -22,7 +22,7 @@ from perdure.errors import DatabaseCorrupt
 from perdure.store.readonly import Reader
 
 if TYPE_CHECKING:
-    from perdure.store.maintenance import VerifyReport
+    from perdure.store.verification import VerifyReport
 
 __all__ = ["register"]
 
@@ -64,17 +64,17 @@ def verify(
     that the log was not cut off or written anew since. Exit code 1 where something is wrong.
     """
     expected = None if expect is None else _seal(expect)
-    from perdure.store import maintenance
+    from perdure.store import rebuilding, verification
 
     database = session.database()
     database.prepare(create=False, upgrade=False)
     differed = 0
     with database.snapshot() as connection:
         with progress("reading the log") as step:
-            report = maintenance.verify(connection, expect=expected, progress=step)
+            report = verification.verify(connection, expect=expected, progress=step)
         with progress("comparing tasks") as step:
             try:
-                differed = maintenance.compare(connection, step).differed
+                differed = rebuilding.compare(connection, step).differed
             except DatabaseCorrupt as error:
                 report.problem(str(error))
     if differed:
@@ -131,14 +131,14 @@ def rebuild(session: Session) -> None:
 
     Nothing is lost by it. Whoever writes waits meanwhile; who reads doesn't notice.
     """
-    from perdure.store import maintenance
+    from perdure.store import rebuilding
 
     database = session.database()
     database.prepare(create=False)
     writer = database.writer()
     try:
         with writer.transaction() as connection, progress("folding the log") as step:
-            report = maintenance.rebuild(connection, step)
+            report = rebuilding.rebuild(connection, step)
         writer.checkpoint_if_due()
     finally:
         writer.close()

@@ -1,0 +1,106 @@
+"""Redacting a task: its content goes, and what stays says what was there and who removed it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Final
+
+import orjson
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from perdure.errors import InvalidTransition, TaskNotFound
+from perdure.events import Redacted, canonical
+from perdure.store.content import blob_digests
+from perdure.store.schema import blobs, events
+from perdure.store.transaction import Transaction
+
+__all__ = ["redact"]
+
+# What stays of an event when its content goes: what the fold, the key of a batch's row and the sums
+# need. Everything else may quote the prompt or the answer.
+_KEPT: Final[Mapping[str, frozenset[str]]] = {
+    "submitted": frozenset({"platforms"}),
+    "chunk": frozenset({"kind", "offset", "cursor"}),
+    "attempt_failed": frozenset(
+        {"attempt", "error_class", "status", "retryable", "retry_after", "next", "retry_at"}
+        | {"usage", "cost_usd"}
+    ),
+    "failed": frozenset(
+        {"error_class", "status", "attempts", "output_length", "usage", "cost_usd", "price_version"}
+    ),
+    "file_created": frozenset({"size"}),
+}
+_KEPT_OF_TASK: Final = frozenset(
+    {"type", "priority", "platform", "constraints", "batch", "key", "fingerprint"}
+    | {"parents", "retry_of", "fallbacks"}
+)
+
+
+def redact(tx: Transaction, task_id: str, by: str, reason: str | None) -> int:
+    """Remove the content of an ended task; returns how many events were changed.
+
+    What is left is a tombstone with the digest of what was there, so the chain still holds, and an
+    event that says who removed it.
+
+    Raises:
+        TaskNotFound: There is no such task.
+        InvalidTransition: The task hasn't ended.
+    """
+    fold = tx.fold(task_id)
+    if fold is None:
+        raise TaskNotFound(task_id)
+    if not fold.state.status.ended:
+        raise InvalidTransition(f"{task_id} is {fold.state.status}: cancel it before redacting it")
+    rows = tx.connection.execute(
+        sa.select(events)
+        .where(events.c.stream_id == fold.stream_id, events.c.type.in_(tuple(_KEPT)))
+        .order_by(events.c.version)
+    ).mappings()
+    tombstones: dict[str, str] = {}
+    orphans: set[str] = set()
+    for row in list(rows):
+        plain = orjson.loads(row["data"])
+        if "redacted" in plain:
+            continue
+        if row["type"] == "submitted":
+            orphans |= blob_digests(plain["task"], plain.get("blobs") or {})
+        stone = canonical(_tombstone(row["type"], plain, row["data"]))
+        tombstones[str(row["version"])] = hashlib.sha256(stone).hexdigest()
+        tx.connection.execute(
+            sa.update(events)
+            .where(events.c.position == row["position"])
+            .values(data=stone.decode())
+        )
+    if tombstones:
+        event = Redacted(by=by, reason=reason, tombstones=tombstones)
+        tx.append(task_id, (event,), fold.version)
+        _drop_orphans(tx.connection, orphans)
+        tx.erases = True
+    return len(tombstones)
+
+
+def _tombstone(type_: str, plain: Mapping[str, Any], stored: str) -> dict[str, Any]:
+    kept = {name: value for name, value in plain.items() if name in _KEPT[type_]}
+    if type_ == "submitted":
+        kept["task"] = {k: v for k, v in plain["task"].items() if k in _KEPT_OF_TASK}
+    if type_ == "chunk":
+        kept["length"] = len(plain["text"])
+    return {**kept, "redacted": hashlib.sha256(stored.encode()).hexdigest()}
+
+
+def _drop_orphans(connection: Connection, digests: set[str]) -> None:
+    """Delete blobs that no task names any more."""
+    for digest in sorted(digests):
+        # Whoever is about to name it holds this lock, and is waited for.
+        connection.execute(
+            sa.select(blobs.c.digest).where(blobs.c.digest == digest).with_for_update()
+        )
+        named = connection.execute(
+            sa.select(sa.literal(1))
+            .where(events.c.type == "submitted", sa.cast(events.c.data, sa.Text).contains(digest))
+            .limit(1)
+        ).first()
+        if named is None:
+            connection.execute(sa.delete(blobs).where(blobs.c.digest == digest))

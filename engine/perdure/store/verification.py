@@ -1,0 +1,284 @@
+"""Verifying the log: every event is what was written, and none is missing or too many."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import orjson
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from perdure.errors import PerdureError
+from perdure.events import EVENT_TYPES, Redacted, chain_digest, decode
+from perdure.store import scanning
+from perdure.store.bulk import plain_rows
+from perdure.store.content import blob_digests, digest_of
+from perdure.store.scanning import RECORDED_AT, UNREADABLE, Progress, as_stored
+from perdure.store.schema import blobs, events, log_head, streams
+from perdure.text import one_line
+
+__all__ = ["VerifyReport", "verify"]
+
+MOST_PROBLEMS: Final = 100
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        events: How many events were read.
+        tasks: How many streams there are.
+        redacted: How many of the events have had content removed by `redact`.
+        position: The head of the log.
+        digest: The head's digest, in hexadecimal. Kept somewhere else, it lets a later `verify`
+            notice that the end of the log was cut off or all of it written anew.
+        problems: What is wrong, a line each; at most the first hundred.
+    """
+
+    events: int = 0
+    tasks: int = 0
+    redacted: int = 0
+    position: int = 0
+    digest: str = ""
+    problems: list[str] = field(default_factory=list[str])
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def problem(self, text: str) -> None:
+        """Note a problem, as long as there aren't too many, on one line that can be shown."""
+        if len(self.problems) < MOST_PROBLEMS:
+            self.problems.append(one_line(text))
+
+
+def verify(
+    connection: Connection,
+    *,
+    expect: tuple[int, str] | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Walk the whole chain: every event, its place, its digest, and the ends of log and streams.
+
+    Args:
+        connection: All reading happens in its one transaction.
+        expect: A position and the digest that must stand there, noted down earlier.
+        progress: Called with events read and events in all.
+    """
+    report = VerifyReport()
+    head = _verify_head(connection, report)
+    walk = _Walk(report)
+    for row in _each_event(connection):
+        report.events += 1
+        try:
+            walk.take(row)
+        except UNREADABLE:
+            report.problem(f"position {row[0]}: the row is unreadable")
+        if expect is not None and row[0] == expect[0] and walk.digest.hex() != expect[1]:
+            report.problem(f"position {expect[0]}: its digest is not the one expected")
+        if progress is not None and report.events % scanning.PAGE == 0:
+            progress(report.events, report.position)
+    walk.end(head)
+    if expect is not None and report.position < expect[0]:
+        report.problem(f"the log ends at {report.position}, before the expected {expect[0]}")
+    _verify_streams(connection, walk.versions, report)
+    _verify_blobs(connection, walk.blobs, report)
+    return report
+
+
+def _verify_head(connection: Connection, report: VerifyReport) -> bytes:
+    """Note the log's head in the report; returns its digest."""
+    heads = connection.execute(
+        sa.select(log_head.c.id, log_head.c.position, as_stored(log_head.c.digest))
+    ).all()
+    if len(heads) != 1:
+        lost = "the log has lost its head row"
+        report.problem(f"the log has {len(heads)} head rows" if heads else lost)
+        return b""
+    ((row_id, position, digest),) = heads
+    if row_id != 1 or not isinstance(position, int) or not isinstance(digest, bytes):
+        report.problem("the log's head row is unreadable")
+        return b""
+    report.position, report.digest = position, digest.hex()
+    return digest
+
+
+class _Where(NamedTuple):
+    """Where an event stands; put into words only where there is something to say."""
+
+    position: int
+    task_id: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"position {self.position} ({self.task_id} version {self.version})"
+
+
+# position, stream_id, version, type, schema_version, data, recorded_at, digest, task_id
+_EventRow: TypeAlias = tuple[int, int, int, str, int, str, datetime, Any, Any]
+
+
+class _Walk:
+    """The state of a walk along the chain."""
+
+    def __init__(self, report: VerifyReport) -> None:
+        self.versions: dict[str, int] = {}
+        self._report = report
+        self._position = 0
+        self.digest = b""
+        self.blobs: set[str] = set()
+        self._tombstones: dict[tuple[str, int], str] = {}
+
+    def take(self, row: _EventRow) -> None:
+        report = self._report
+        position, stream_id, number, type_, schema_version, text, at, kept, task_id = row
+        where = _Where(position, task_id, number)
+        stored = kept if isinstance(kept, bytes) else b""
+        # On with what is stored, so that one change is one problem and not one at every event.
+        previous, self.digest = self.digest, stored
+        if position != self._position + 1:
+            report.problem(f"position {position}: position {self._position + 1} was expected")
+        self._position = position
+        if task_id is None:
+            report.problem(f"position {position}: its stream is missing")
+            return
+        version = self.versions[task_id] = self.versions.get(task_id, 0) + 1
+        if number != version:
+            report.problem(f"{where}: version {version} was expected")
+        if version == 1 and stream_id != position:
+            report.problem(f"{where}: its stream's key is {stream_id}")
+        if type_ not in EVENT_TYPES:
+            report.problem(f"{where}: {type_!r} is no type of event")
+        data = text.encode(errors="surrogateescape")
+        digest = chain_digest(
+            previous,
+            position,
+            task_id,
+            number,
+            type_,
+            schema_version,
+            at,
+            self._data_digest(where, data),
+        )
+        if digest != stored:
+            report.problem(f"{where}: the event, or what stands before it, was changed")
+        if type_ == "submitted" and (b'"blobs":{"' in data or b'"files":' in data):
+            self._note_blobs(data)
+        if type_ == Redacted.type:
+            self._accept_tombstones(task_id, data, where)
+
+    def _data_digest(self, where: _Where, data: bytes) -> bytes:
+        """Return the digest of the data as it was when it was written."""
+        if b'"redacted":' in data:
+            try:
+                named = orjson.loads(data).get("redacted")
+                if isinstance(named, str):
+                    self._report.redacted += 1
+                    self._tombstones[where.task_id, where.version] = hashlib.sha256(
+                        data
+                    ).hexdigest()
+                    return bytes.fromhex(named)
+            except (orjson.JSONDecodeError, AttributeError, ValueError):
+                self._report.problem(f"{where}: its data is unreadable")
+        return hashlib.sha256(data).digest()
+
+    def _note_blobs(self, data: bytes) -> None:
+        plain = orjson.loads(data)
+        if "redacted" not in plain:
+            self.blobs |= blob_digests(plain["task"], plain.get("blobs") or {})
+
+    def _accept_tombstones(self, task_id: str, data: bytes, where: _Where) -> None:
+        """Check the tombstones of a stream against the event that says who left them."""
+        try:
+            named = decode(Redacted.type, 1, data)
+        except PerdureError:
+            self._report.problem(f"{where}: its data is unreadable")
+            return
+        if isinstance(named, Redacted):
+            for version, digest in named.tombstones.items():
+                if self._tombstones.pop((task_id, int(version)), None) != digest:
+                    self._report.problem(
+                        f"{where}: the tombstone at version {version} is not the one that was left"
+                    )
+
+    def end(self, digest: bytes) -> None:
+        if self._position != self._report.position:
+            self._report.problem(
+                f"the log ends at position {self._position}, its head says {self._report.position}"
+            )
+        elif self.digest != digest:
+            self._report.problem("the head's digest is not that of the last event")
+        for task_id, version in self._tombstones:
+            self._report.problem(
+                f"{task_id} version {version}: content was removed without a redaction"
+            )
+
+
+def _verify_streams(
+    connection: Connection, versions: Mapping[str, int], report: VerifyReport
+) -> None:
+    last: int | None = None
+    while True:
+        page = sa.select(streams).order_by(streams.c.stream_id).limit(scanning.PAGE)
+        rows = connection.execute(
+            page if last is None else page.where(streams.c.stream_id > last)
+        ).all()
+        for row in rows:
+            report.tasks += 1
+            found = versions.get(row.task_id, 0)
+            if found != row.version:
+                report.problem(
+                    f"{row.task_id} should be at version {row.version}, its events end at {found}"
+                )
+            elif not found:
+                report.problem(f"{row.task_id} has no events")
+        if len(rows) < scanning.PAGE:
+            return
+        last = rows[-1].stream_id
+
+
+def _verify_blobs(connection: Connection, named: set[str], report: VerifyReport) -> None:
+    stored = set(connection.scalars(sa.select(blobs.c.digest)))
+    for digest in sorted(stored, key=str):
+        if not isinstance(digest, str) or not digest.isascii():
+            report.problem(f"blob {digest!r}: that is no digest")
+            continue
+        row = connection.execute(  # one at a time: each may be as large as a file
+            sa.select(as_stored(blobs.c.data), blobs.c.size).where(blobs.c.digest == digest)
+        ).one()
+        if not isinstance(row.data, bytes) or digest_of(row.data) != digest:
+            report.problem(f"blob {digest}: its content was changed")
+        elif row.size != len(row.data):
+            report.problem(f"blob {digest}: its size is {len(row.data)} bytes, not {row.size}")
+    for digest in sorted(named - stored):
+        report.problem(f"blob {digest}: it is missing")
+
+
+def _each_event(connection: Connection) -> Iterator[Any]:
+    page = (
+        sa.select(
+            *(events.c.position, events.c.stream_id, events.c.version, events.c.type),
+            *(events.c.schema_version, events.c.data),
+            RECORDED_AT,
+            as_stored(events.c.digest),
+            streams.c.task_id,
+        )
+        .join_from(events, streams, events.c.stream_id == streams.c.stream_id, isouter=True)
+        .order_by(events.c.position)
+        .limit(scanning.PAGE)
+    )
+    last: int | None = None
+    while True:
+        rows = list(
+            plain_rows(connection, page if last is None else page.where(events.c.position > last))
+        )
+        yield from rows
+        if len(rows) < scanning.PAGE:
+            return
+        last = rows[-1][0]
