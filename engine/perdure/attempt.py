@@ -461,7 +461,7 @@ class Attempt:
                 error,
                 max_attempts=self._call.task.limits.max_attempts,
                 policy=self._retry,
-                now=datetime.now(UTC),
+                now=self._log.now,
                 chance=self._chance,
                 spent=spent,
                 output_length=self._gathered.length(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,11 @@ from perdure.task import Attachment, Task
 __all__ = ["Worker", "WorkerSettings"]
 
 _NOT_LOOKED: Final = datetime.min.replace(tzinfo=UTC)
+# All idle workers are told of new work at the same moment; one of them can have it. So they look
+# in turns, with so much time for each: the first one, however many there are, after about that.
+SPREAD_SECONDS: Final = 0.01
+MOST_SPREAD_SECONDS: Final = 1.0
+IN_VAIN_SECONDS: Final = 0.05
 _logger: Final = logging.getLogger("perdure")
 
 
@@ -87,6 +93,9 @@ class Worker:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._attempts: dict[str, Attempt] = {}
         self._wake = asyncio.Event()
+        self._workers = 1  # alive, when last looked
+        self._in_vain = False
+        self._told = False  # of work that another process has left, as all workers were
         self._claimed = asyncio.Event()
         self._claiming = asyncio.Lock()
         self._more = True  # whether something may be due that we haven't been told of
@@ -123,6 +132,10 @@ class Worker:
         self._more = True
         self._wake.set()
 
+    def _hear_of_work(self) -> None:
+        self._told = True
+        self._wake.set()
+
     def stop_claiming(self) -> None:
         """Begin nothing new; what runs may finish."""
         self._stopping = True
@@ -146,7 +159,7 @@ class Worker:
         if not self._registered:
             self._registered = True
             await self._log.write(lambda tx: claims.register_worker(tx, self.worker_id))
-        self._log.on_work(self._wake.set)
+        self._log.on_work(self._hear_of_work)
         await self.recover_lost()
         beating = asyncio.create_task(self._beat())
         try:
@@ -197,7 +210,9 @@ class Worker:
         if free <= 0:
             return 0
         scope = self.scope
-        if not self._more:  # a look costs no write lock
+        self._in_vain = False
+        looked = not self._more
+        if looked:  # which costs no write lock
             self._due = await self._look()
             if self._due is None or self._due > self._database.now:
                 return 0
@@ -210,6 +225,7 @@ class Worker:
             lambda tx: claims.claim(tx, self.worker_id, free, scope, models)
         )
         self._more = self._more or len(claimed) == free
+        self._in_vain = looked and not claimed
         if claimed:
             self._claimed.set()
         for one in claimed:
@@ -243,9 +259,15 @@ class Worker:
             self._due = _NOT_LOOKED
             if due is not None:
                 wait = min(wait, max(0.0, (due - self._database.now).total_seconds()))
+        if self._in_vain:  # what is due was being taken by somebody who has yet to commit that
+            wait = max(wait, IN_VAIN_SECONDS)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 await self._wake.wait()
+        if self._told:  # not all at once: the later ones find that it has been taken
+            self._told = False
+            spread = min(MOST_SPREAD_SECONDS, SPREAD_SECONDS * self._workers)
+            await asyncio.sleep(random.uniform(0, spread))  # noqa: S311 - no secret
 
     async def _look(self) -> datetime | None:
         """Return when the next task that waits is due; None where none waits."""
@@ -302,7 +324,7 @@ class Worker:
             error,
             max_attempts=1,
             policy=self.settings.retry,
-            now=datetime.now(UTC),
+            now=self._database.now,
             chance=lambda: 0.0,
             spent=Spent(),
             output_length=claimed.state.length(),
@@ -348,7 +370,9 @@ class Worker:
         """Take over what lost workers had; returns how many tasks that were."""
         lease = timedelta(seconds=self.settings.lease_seconds)
         recovered = 0
-        for lost in await claims.find_lost(self._database, lease, self._database.now):
+        census = await claims.look_around(self._database, lease, self._database.now)
+        self._workers = max(1, census.alive)
+        for lost in census.lost:
             if lost == self.worker_id:
                 continue
             decide = partial(after_interruption, policy=self.settings.retry)

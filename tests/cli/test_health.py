@@ -194,7 +194,6 @@ class TestPlatforms:
 
     def test_usable(self, perdure: Perdure, monkeypatch: pytest.MonkeyPatch) -> None:
         """With its address set it can be used."""
-        pytest.importorskip("openai")
         monkeypatch.setenv("PERDURE_COMPATIBLE_BASE_URL", "http://127.0.0.1:1/v1")
         lines = perdure("platforms", "--json").lines
         found = {one["platform"]: one for one in map(json.loads, lines)}

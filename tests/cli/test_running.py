@@ -324,6 +324,7 @@ def test_an_empty_file_is_an_empty_batch(perdure: Perdure, tmp_path: Path) -> No
     ended = perdure("run", file, "-p", "demo", "--json")
     assert ended.code == 0
     assert ended.json["rows"]["rows"] == 0
+    assert complaints(ended) == [f"perdure: {file}: there are no rows in it"]
 
 
 # submit, worker, resume

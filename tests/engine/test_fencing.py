@@ -227,7 +227,8 @@ async def test_a_worker_that_registers_while_others_look_is_not_lost(
             return found
 
         monkeypatch.setattr(Database, "rows", rows)
-        lost = await claims.find_lost(engine.database, timedelta(seconds=30), datetime.now(UTC))
+        lease = timedelta(seconds=30)
+        lost = (await claims.look_around(engine.database, lease, datetime.now(UTC))).lost
     assert lost == []
 
 
@@ -241,7 +242,7 @@ async def test_whoever_claims_is_known(db: Path) -> None:
         await engine.log.write(lambda tx: claims.claim(tx, "w", 1, Scope(), {}))
         assert query(db, "SELECT worker_id FROM workers") == [("w",)]
         lease = timedelta(seconds=30)
-        assert await claims.find_lost(engine.database, lease, datetime.now(UTC)) == []
+        assert (await claims.look_around(engine.database, lease, datetime.now(UTC))).lost == []
 
 
 # -- several engines, several processes ------------------------------------------------------------

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import signal
 import time
 from collections.abc import Generator
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_letters
 
+import psycopg
 import pytest
-from harness import FAST, Nursery, assert_sound, count_events, demo, eventually, query
+from harness import FAST, PATIENCE, Nursery, assert_sound, count_events, demo, eventually, query
 
 from perdure import Completed, Engine, Submission, Task, WorkerSettings
+from perdure.errors import DatabaseUnavailable
 from perdure.store.database import Database
 from perdure.testing import Hold, ScriptedAdapter
 from perdure_adapters import DemoAdapter
@@ -133,3 +139,86 @@ def test_stopped_in_the_middle_of_anything(db: str, nursery: Nursery, tmp_path: 
     asyncio.run(go())
     sleeper.kill()
     assert_sound(db)
+
+
+async def test_every_connection_is_taken() -> None:
+    """Where the server takes no more connections, what needs one waits for it."""
+    with Server(max_connections="20") as server:
+        server.execute("CREATE DATABASE own")
+        url = server.url("own")
+        Database(url).upgrade()
+        async with Engine.open(url, adapters=[DemoAdapter()], settings=FAST) as engine:
+            first = await engine.submit_task(demo("first", words=3))
+            await eventually(lambda: engine.log.hears)
+            with ExitStack() as others:
+                with contextlib.suppress(psycopg.OperationalError):
+                    while True:
+                        others.enter_context(psycopg.connect(url))
+                written = await engine.submit_tasks(demo(f"{n}", words=3) for n in range(30))
+                ids = [first, *(one.task_id for one in written if isinstance(one, Submission))]
+                reading = asyncio.gather(*(engine.get_result(task_id) for task_id in ids))
+                with pytest.raises(DatabaseUnavailable) as refused:
+                    async with Engine.open(url, adapters=[DemoAdapter()]):
+                        pass
+                assert "too many clients" in str(refused.value)
+                assert len(str(refused.value).splitlines()) == 1
+            results = await asyncio.wait_for(reading, PATIENCE)
+        assert {result.status for result in results} == {"completed"}
+        assert_sound(url)
+
+
+async def test_the_disk_is_full() -> None:
+    """Who writes is told so in one line; what was acknowledged is there, and goes on later."""
+    with Server(small_disk="4m") as server:
+        server.execute("CREATE DATABASE own")
+        url = server.url("own")
+        Database(url).upgrade()
+        server.execute(f"CREATE TABLESPACE small LOCATION '{server.small}'")
+        server.execute("ALTER TABLE events SET TABLESPACE small", "own")
+        acknowledged: list[str] = []
+        async with Engine.open(url, adapters=[DemoAdapter()], run=False) as engine:
+            text = "".join(random.choices(ascii_letters, k=50_000))  # which can't be compressed
+
+            async def fill() -> None:
+                while len(acknowledged) < 1000:
+                    acknowledged.append(await engine.submit_task(demo(text, words=3)))
+
+            with pytest.raises(DatabaseUnavailable, match="no space left") as full:
+                await fill()
+            assert len(str(full.value).splitlines()) == 1
+        assert 10 < len(acknowledged) < 1000
+        assert_sound(url)
+        async with Engine.open(url, adapters=[DemoAdapter()], settings=FAST) as engine:
+            with pytest.raises(DatabaseUnavailable, match="no space left"):
+                await engine.run_until_done()
+        server.execute("ALTER TABLE events SET TABLESPACE pg_default", "own")
+        async with Engine.open(url, adapters=[DemoAdapter()], settings=FAST) as engine:
+            await asyncio.wait_for(engine.run_until_done(), PATIENCE)
+        ended = query(url, "SELECT task_id FROM tasks WHERE status = 'completed'")
+        assert {task_id for (task_id,) in ended} == {*acknowledged}
+        assert_sound(url)
+
+
+async def test_idle_workers_do_not_all_run_for_one_task(own_server: Server, db: str) -> None:
+    """Of many workers that are told of a task, few try to take it."""
+    workers, tasks = 10, 20
+    settings = replace(WorkerSettings(), lease_seconds=300)
+
+    def claims() -> int:
+        log = (own_server.directory / "log").read_text(errors="replace")
+        return log.count("SKIP LOCKED")
+
+    async with AsyncExitStack() as stack:
+        for _ in range(workers):
+            engine = Engine.open(db, adapters=[DemoAdapter()], settings=settings)
+            await stack.enter_async_context(engine)
+            await eventually(lambda engine=engine: engine.log.hears)
+            engine.worker._workers = workers  # as it would find out before long
+        other = await stack.enter_async_context(Engine.open(db, run=False))
+        before = claims()
+        for number in range(tasks):
+            task_id = await other.submit_task(demo(f"task {number}", words=1))
+            assert (await other.get_result(task_id, PATIENCE)).attempts == 1
+        tried = claims() - before
+    print(f"{tried} claims by {workers} workers for {tasks} tasks")
+    assert tried < workers * tasks * 0.75  # all at once, each tries more than once a task

@@ -560,7 +560,7 @@ class TwoEngines(RuleBasedStateMachine):
         if silence:
             self.now += LEASE
         database = self.nodes[node].database
-        found = self.run(claims.find_lost(database, LEASE, self.now))
+        found = self.run(claims.look_around(database, LEASE, self.now)).lost
         lost = [name for name, (_, seen) in self.workers.items() if seen + LEASE <= self.now]
         assert sorted(found) == sorted(lost)
         for worker in found:

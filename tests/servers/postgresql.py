@@ -50,8 +50,9 @@ class Server:
         directory: Its data, its socket, its log.
     """
 
-    def __init__(self, **settings: str) -> None:
+    def __init__(self, *, small_disk: str | None = None, **settings: str) -> None:
         self._settings = {**_SETTINGS, **settings}
+        self._small_disk = small_disk
         self._as: dict[str, Any] = {}
         self.directory = Path(tempfile.mkdtemp(prefix="perdure-pg-"))
         self._bin = programs()
@@ -69,6 +70,10 @@ class Server:
     def __enter__(self) -> Self:
         """Make an empty cluster and start it."""
         try:
+            if self._small_disk is not None:
+                self.small.mkdir()
+                if self._as:
+                    os.chown(self.small, _NOBODY, _NOBODY)
             self._run(
                 "initdb", "--auth=trust", "--encoding=utf8", "--no-locale", "--no-sync",
                 "-U", "perdure", "-D", str(self.directory / "data"),
@@ -90,8 +95,8 @@ class Server:
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    str(self._bin / "postgres"), "-D", str(self.directory / "data"),
-                    "-k", str(self.directory), *settings,
+                    *self._inside(), str(self._bin / "postgres"),
+                    "-D", str(self.directory / "data"), "-k", str(self.directory), *settings,
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory,
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 - one call, no lock
@@ -108,6 +113,19 @@ class Server:
                 time.sleep(0.02)
             else:
                 return
+
+    @property
+    def small(self) -> Path:
+        """The folder that is a small disk of its own, to this server."""
+        return self.directory / "small"
+
+    def _inside(self) -> list[str]:
+        """Return what a program has to be started by to see the small disk."""
+        if self._small_disk is None:
+            return []
+        mount = f'mount -t tmpfs -o size={self._small_disk} tmpfs "$0" && exec "$@"'
+        names = ["unshare", "--user", "--mount", "--map-current-user", "--keep-caps"]
+        return [*names, "sh", "-c", mount, str(self.small)]
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server: `smart`, `fast` or `immediate`, as `pg_ctl stop` does."""

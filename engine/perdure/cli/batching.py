@@ -220,6 +220,8 @@ async def _feed(intake: Intake, source: Source, layout: RowLayout | None) -> Non
 
     given = None if layout is None else Layout(layout.value)
     await intake.take(source.rows(given, lambda remark: complain(f"{source.name}: {remark}")))
+    if not intake.counts.rows:
+        complain(f"{source.name}: there are no rows in it")
 
 
 def _note(rows: Sequence[Taken], ledger: Ledger | None) -> None:

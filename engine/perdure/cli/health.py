@@ -173,11 +173,12 @@ def _value(reader: Reader, query: str) -> Any:  # noqa: ANN401 - whatever it is
 def _work(reader: Reader, database: Database) -> Iterator[Finding]:
     import asyncio
 
-    from perdure.store.claims import find_lost
+    from perdure.store.claims import look_around
 
     async def look() -> list[str]:
         try:
-            return await find_lost(database, timedelta(seconds=_LEASE_SECONDS), database.now)
+            lease = timedelta(seconds=_LEASE_SECONDS)
+            return (await look_around(database, lease, database.now)).lost
         finally:
             await database.close()
 

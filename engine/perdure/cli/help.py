@@ -54,6 +54,8 @@ def _options(command: Any, ctx: Any) -> dict[str, Rows]:  # noqa: ANN401
             continue
         if parameter.param_type_name == "argument":
             heading = "Arguments"
+            # Newer versions of typer add the type; the name says what it is.
+            row = (row[0].partition(" <")[0], row[1])
         else:
             panel = getattr(parameter, "rich_help_panel", None)
             heading = panel if isinstance(panel, str) else "Options"

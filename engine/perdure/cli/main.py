@@ -112,7 +112,9 @@ def _usage(error: Exception) -> int:
             say(context.get_help())
         return ExitCode.USAGE
     where = f" (see `{context.command_path} --help`)" if context is not None else ""
-    complain(f"{str(describe()).rstrip('.')}{where}")
+    # Newer versions of typer check choices with pydantic, and show its words.
+    what = str(describe()).rstrip(".").replace("Value error, ", "")
+    complain(f"{what}{where}")
     return code
 
 

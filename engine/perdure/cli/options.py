@@ -66,14 +66,20 @@ class TaskOptions:
         ),
     ] = None
     temperature: Annotated[
-        float | None, typer.Option("--temperature", metavar="X", rich_help_panel=_PANEL)
+        float | None,
+        typer.Option(
+            "--temperature",
+            metavar="X",
+            help="How freely the model chooses its words: 0 to 2; some models refuse it.",
+            rich_help_panel=_PANEL,
+        ),
     ] = None
     timeout: Annotated[
         float | None,
         typer.Option(
             "--timeout",
             metavar="SECONDS",
-            help="Most time for one attempt; default: 300.",
+            help="Most time for one attempt, waiting included; default: 300.",
             rich_help_panel=_PANEL,
         ),
     ] = None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -22,14 +22,15 @@ from perdure.store.transaction import IN_LIMIT, Transaction, chunks_of
 from perdure.task import TaskStatus
 
 __all__ = [
+    "Census",
     "Claimed",
     "Scope",
     "beat",
     "claim",
-    "find_lost",
     "forget_worker",
     "host_name",
     "load_blobs",
+    "look_around",
     "next_due",
     "recover",
     "register_worker",
@@ -226,8 +227,20 @@ def forget_worker(tx: Transaction, worker: str) -> None:
     tx.connection.execute(sa.delete(workers).where(workers.c.worker_id == worker))
 
 
-async def find_lost(database: Database, lease: timedelta, now: datetime) -> list[str]:
-    """Return the workers that are gone, and owners of running tasks that nobody knows."""
+class Census(NamedTuple):
+    """Who works on a database.
+
+    Attributes:
+        alive: How many workers there are.
+        lost: The workers that are gone, and owners of running tasks that nobody knows.
+    """
+
+    alive: int
+    lost: list[str]
+
+
+async def look_around(database: Database, lease: timedelta, now: datetime) -> Census:
+    """Count the workers, and find those that are gone."""
 
     # The owners first: one that registers and claims in between must not look unknown.
     async def look(connection: AsyncConnection) -> tuple[list[str], list[sa.RowMapping]]:
@@ -240,7 +253,8 @@ async def find_lost(database: Database, lease: timedelta, now: datetime) -> list
     owners, rows = await database.read(look)
     gone = [row["worker_id"] for row in rows if not _alive(row, lease, now)]
     known = {row["worker_id"] for row in rows}
-    return [*gone, *(owner for owner in owners if owner not in known)]
+    lost = [*gone, *(owner for owner in owners if owner not in known)]
+    return Census(len(rows) - len(gone), lost)
 
 
 def _alive(row: sa.RowMapping, lease: timedelta, now: datetime) -> bool:

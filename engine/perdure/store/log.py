@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 
 from sqlalchemy.exc import IntegrityError
@@ -91,6 +92,11 @@ class EventLog:
     def hears(self) -> bool:
         """Whether this process is told of others' commits, and need not look for work itself."""
         return self._listener is not None and self._listener.hears
+
+    @property
+    def now(self) -> datetime:
+        """The time (UTC) by the clock that all workers of this log go by."""
+        return self._database.now
 
     def on_work(self, callback: Callable[[], None]) -> None:
         """Call ``callback``, on the event loop, when other processes have left something to do."""
