@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(cases: Sequence[Case], given: argparse.Namespace) -> None:
     machine = describe()
     given.results.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="perdure-bench-", dir=given.folder) as folder:
+    with ExitStack() as stack:
+        made = tempfile.TemporaryDirectory(prefix="perdure-bench-", dir=given.folder)
+        folder = stack.enter_context(made)
         session = Session(
             Path(folder),
             rounds=given.rounds or (1 if given.small else 5),
@@ -59,6 +62,7 @@ def _measure(cases: Sequence[Case], given: argparse.Namespace) -> None:
             peers=given.peers,
             say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
         )
+        stack.callback(session.close)
         for number, case in enumerate(cases, 1):
             print(f"[{number}/{len(cases)}] {case.name}: {case.about}", file=sys.stderr, flush=True)
             began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The least that a durable append can be: one sqlite3 thread, group commit, one INSERT, no more.
+"""The least that a durable append can be: one thread, a plain driver, group commit, one INSERT.
 
 No chain, no projection, no checks, no JSON, no SQLAlchemy. What is inserted was made before the
 clock started. Whoever appends awaits the commit, as with us.
@@ -13,7 +13,9 @@ import threading
 from pathlib import Path
 from typing import Any, Final, Self
 
-__all__ = ["INSERT", "BareLog", "connect", "event_row"]
+import psycopg
+
+__all__ = ["INSERT", "BareLog", "BareServerLog", "connect", "event_row"]
 
 INSERT: Final = "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _MOST: Final = 1000
@@ -38,14 +40,15 @@ def connect(path: Path) -> sqlite3.Connection:
 class BareLog:
     """An asynchronous context manager with an `append` that is done when the row is committed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self._path = path
         self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop
 
     async def __aenter__(self) -> Self:
         """Start the thread."""
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
         return self
 
@@ -61,7 +64,7 @@ class BareLog:
         await future
 
     def _run(self) -> None:
-        connection = connect(self._path)
+        connection = self._connect()
         position = 0
         open_ = True
         while open_:
@@ -72,11 +75,17 @@ class BareLog:
             for row, _future in batch:
                 position += 1
                 rows.append((position, *row))
-            connection.execute("BEGIN IMMEDIATE")
-            connection.executemany(INSERT, rows)
-            connection.execute("COMMIT")
+            self._insert(connection, rows)
             self._loop.call_soon_threadsafe(_deliver, batch)
         connection.close()
+
+    def _connect(self) -> Any:  # noqa: ANN401 - a driver's connection
+        return connect(Path(self._path))
+
+    def _insert(self, connection: Any, rows: list[Any]) -> None:  # noqa: ANN401
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany(INSERT, rows)
+        connection.execute("COMMIT")
 
     def _next_batch(self) -> tuple[list[_Request], bool]:
         batch: list[_Request] = []
@@ -90,6 +99,28 @@ class BareLog:
         except queue.Empty:
             return batch, True
         return batch, False
+
+
+class BareServerLog(BareLog):
+    """The same on PostgreSQL, with psycopg alone. The database has to be empty."""
+
+    def _connect(self) -> Any:  # noqa: ANN401 - a driver's connection
+        connection = psycopg.connect(str(self._path), autocommit=True)
+        connection.execute(_TABLE)
+        return connection
+
+    def _insert(self, connection: Any, rows: list[Any]) -> None:  # noqa: ANN401
+        with connection.transaction(), connection.cursor() as cursor:
+            cursor.executemany(_SERVER_INSERT, rows)
+
+
+_TABLE: Final = b"""
+    CREATE TABLE IF NOT EXISTS events (
+        position bigint PRIMARY KEY, stream_id bigint NOT NULL, version integer NOT NULL,
+        type text NOT NULL, schema_version integer NOT NULL, data json NOT NULL,
+        recorded_at timestamptz NOT NULL, digest bytea NOT NULL, UNIQUE (stream_id, version))
+"""
+_SERVER_INSERT: Final = "INSERT INTO events VALUES (%s, %s, %s, %s, %s, %s, %s, %s)"
 
 
 def _deliver(batch: list[_Request]) -> None:

@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from benchmarks.logs import build_log
+
+if TYPE_CHECKING:
+    from benchmarks.server import Server
 
 __all__ = ["Session"]
 
@@ -66,6 +69,22 @@ class Session:
     def database(self) -> Path:
         """Return a new, empty database of today's schema."""
         return Path(shutil.copy(self._migrated, self.place("perdure.db")))
+
+    @cached_property
+    def _server(self) -> Server:
+        from benchmarks.server import Server
+
+        self.say("starting a PostgreSQL server ...")
+        return Server(self.place("postgresql"))
+
+    def on_server(self, *, bare: bool = False) -> str:
+        """Return the URL of a new database of today's schema on PostgreSQL; ``bare``: without."""
+        return self._server.database(bare=bare)
+
+    def close(self) -> None:
+        """Stop the server, if one was started."""
+        if "_server" in self.__dict__:
+            self._server.close()
 
     def log(self, events: int, *, pending: int = 0) -> Path:
         """Return a database with so many events of ended tasks; made once, so only to be read."""

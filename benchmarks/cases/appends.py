@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
-from benchmarks.bare import BareLog, event_row
+from benchmarks.bare import BareLog, BareServerLog, event_row
 from benchmarks.logs import submitted, task_id_of
 from benchmarks.measuring import Row, Target, samples
 from benchmarks.peers import peer_subjects
@@ -35,11 +35,17 @@ def measure(session: Session) -> Sequence[Row]:
     producers = session.size(PRODUCERS, 10)
     each = session.size(200, 5)
     subjects = {
-        "perdure": lambda: asyncio.run(append_rate(session, producers, each)),
+        "perdure": lambda: asyncio.run(append_rate(session.database(), producers, each)),
         "perdure without chain and projection": lambda: asyncio.run(
-            _unchained(session, producers, each)
+            _unchained(session.database(), producers, each)
         ),
-        "bare sqlite3": lambda: asyncio.run(_bare(session, producers, each)),
+        "bare sqlite3": lambda: asyncio.run(_bare(BareLog(session.database()), producers, each)),
+        "perdure, PostgreSQL": lambda: asyncio.run(
+            append_rate(session.on_server(), producers, each)
+        ),
+        "bare psycopg": lambda: asyncio.run(
+            _bare(BareServerLog(session.on_server(bare=True)), producers, each)
+        ),
     }
     peers = peer_subjects(session, "appends", session.size(1000, 20), producers)
     found = samples("appends/s", {**subjects, **peers}, session.rounds)
@@ -52,13 +58,20 @@ def measure(session: Session) -> Sequence[Row]:
             bare,
             note="the same thread and queue; shows what fold, chain and projection cost",
         ),
+        Row(
+            "through the log, on PostgreSQL",
+            found["perdure, PostgreSQL"],
+            found["bare psycopg"],
+            target=Target("at least", 0.5),
+        ),
         *(Row(f"against {name}", found["perdure"], found[name]) for name in peers),
     ]
 
 
-async def append_rate(session: Session, producers: int, each: int) -> float:
+async def append_rate(database: Path | str, producers: int, each: int) -> float:
     """Return how many chunks a second `producers` append to a stream each, awaiting each one."""
-    log = EventLog(Database(await _begun(session, producers)))
+    await _begin(database, producers)
+    log = EventLog(Database(database))
     await log.open()
     try:
         return await _rate(producers, each, lambda n, i: _append(log, n, i))
@@ -66,10 +79,9 @@ async def append_rate(session: Session, producers: int, each: int) -> float:
         await log.close()
 
 
-async def _begun(session: Session, producers: int) -> Path:
-    """Return a database in which every producer's task is running, at version 2."""
-    path = session.database()
-    log = EventLog(Database(path))
+async def _begin(database: Path | str, producers: int) -> None:
+    """Have every producer's task running, at version 2."""
+    log = EventLog(Database(database))
     await log.open()
     try:
         for number in range(producers):
@@ -77,13 +89,12 @@ async def _begun(session: Session, producers: int) -> Path:
             await log.append(task_id_of(number), begun, 0)
     finally:
         await log.close()
-    return path
 
 
-async def _unchained(session: Session, producers: int, each: int) -> float:
-    path = await _begun(session, producers)
+async def _unchained(database: Path, producers: int, each: int) -> float:
+    await _begin(database, producers)
     with mock.patch("perdure.store.log.Transaction", _Unchained):
-        log = EventLog(Database(path))
+        log = EventLog(Database(database))
         await log.open()
         try:
             return await _rate(producers, each, lambda n, i: _append(log, n, i))
@@ -96,7 +107,7 @@ def _append(log: EventLog, number: int, index: int) -> Awaitable[Any]:
     return log.append(task_id_of(number), (chunk,), index + 2)
 
 
-async def _bare(session: Session, producers: int, each: int) -> float:
+async def _bare(bare: BareLog, producers: int, each: int) -> float:
     data = [
         encode(Chunk(text=TEXT, offset=index * len(TEXT))).data.decode() for index in range(each)
     ]
@@ -104,7 +115,7 @@ async def _bare(session: Session, producers: int, each: int) -> float:
         [event_row(number + 1, index + 3, data[index]) for index in range(each)]
         for number in range(producers)
     ]
-    async with BareLog(session.database()) as log:
+    async with bare as log:
         return await _rate(producers, each, lambda n, i: log.append(rows[n][i]))
 
 
@@ -143,7 +154,7 @@ class _Unchained(Transaction):
         rows: list[tuple[Any, ...]] = []
         for task_id, version, type_, schema_version, data in self._plain:
             position += 1
-            stream = 2 * int(task_id[-8:], 16) + 1  # as `_begun` has made them
+            stream = 2 * int(task_id[-8:], 16) + 1  # as `_begin` has made them
             rows.append(
                 (position, stream, version, type_, schema_version, data, self.at, bytes(32))
             )

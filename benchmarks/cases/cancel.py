@@ -10,8 +10,9 @@ import asyncio
 import statistics
 import time
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 
-from benchmarks.measuring import Row, Sample, Target
+from benchmarks.measuring import Row, Target, samples
 from benchmarks.session import Session
 from perdure import Engine, Task
 from perdure.adapter import Call, Capabilities
@@ -49,14 +50,23 @@ class Endless:
 def measure(session: Session) -> Sequence[Row]:
     """Measure milliseconds until the stream is closed."""
     times = session.size(20, 2)
-    values = tuple(asyncio.run(_round(session, times)) for _ in range(session.rounds))
-    ours = Sample("perdure", "ms", values)
-    return [Row("other process", ours, None, "value", Target("at most", 100.0, "ms"))]
+    found = samples(
+        "ms",
+        {
+            "perdure": lambda: asyncio.run(_delay(session, session.database(), times)),
+            "perdure, PostgreSQL": lambda: asyncio.run(_delay(session, session.on_server(), times)),
+        },
+        session.rounds,
+    )
+    target = Target("at most", 100.0, "ms")
+    return [
+        Row("other process", found["perdure"], None, "value", target),
+        Row("other process, on PostgreSQL", found["perdure, PostgreSQL"], None, "value", target),
+    ]
 
 
-async def _round(session: Session, times: int) -> float:
+async def _delay(session: Session, path: Path | str, times: int) -> float:
     adapter = Endless()
-    path = session.database()
     delays: list[float] = []
     async with Engine.open(path, adapters=[adapter]) as engine:
         with session.child("canceller", path) as canceller:

@@ -12,7 +12,8 @@ import random
 import statistics
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,7 @@ from perdure.store.database import Database, Writer
 from perdure.store.log import EventLog
 
 NEAR, FAR, POLLING = "same process", "other process", "bare poll, other process"
+ON_SERVER = "other process, PostgreSQL"
 
 
 def measure(session: Session) -> Sequence[Row]:
@@ -32,7 +34,7 @@ def measure(session: Session) -> Sequence[Row]:
     rounds = [asyncio.run(_round(session, times)) for _ in range(session.rounds)]
     found = {
         name: Sample(name, "ms", tuple(one[name] for one in rounds))
-        for name in (NEAR, FAR, POLLING)
+        for name in (NEAR, FAR, POLLING, ON_SERVER)
     }
     return [
         Row(NEAR, found[NEAR], relation="value", target=Target("at most", 1.5, "ms")),
@@ -44,11 +46,17 @@ def measure(session: Session) -> Sequence[Row]:
             Target("at most", 8.0, "ms"),
             note="beside a bare poll of `data_version` every 10 ms",
         ),
+        Row(ON_SERVER, found[ON_SERVER], None, "value", Target("at most", 5.0, "ms")),
     ]
 
 
 async def _round(session: Session, times: int) -> dict[str, float]:
-    path = session.database()
+    here = await _delays(session, session.database(), times)
+    there = await _delays(session, session.on_server(), times)
+    return {**here, ON_SERVER: there[FAR]}
+
+
+async def _delays(session: Session, database: Path | str, times: int) -> dict[str, float]:
     committed: dict[int, float] = {}
     seen: dict[int, float] = {}
     stamps: list[float] = []
@@ -61,7 +69,7 @@ async def _round(session: Session, times: int) -> dict[str, float]:
         stamps.append(time.monotonic())
 
     with mock.patch.object(Writer, "transaction", stamped):
-        log = EventLog(Database(path))
+        log = EventLog(Database(database))
         await log.open()
         task_id = task_id_of(1)
         begun = (submitted(1), Running(attempt=1, worker="w", platform="bench"))
@@ -73,27 +81,24 @@ async def _round(session: Session, times: int) -> dict[str, float]:
 
         reading = asyncio.create_task(read())
         chance = random.Random(1)
-        with (
-            session.child("reader", path, task_id) as reader,
-            session.child("polling", path) as poller,
-        ):
-            reader.hear()
-            poller.hear()
+        with ExitStack() as children:
+            others = [children.enter_context(session.child("reader", database, task_id))]
+            if isinstance(database, Path):
+                others.append(children.enter_context(session.child("polling", database)))
+            for child in others:
+                child.hear()
             for _ in range(times):
                 await asyncio.sleep(chance.uniform(0.012, 0.032))
                 chunk = Chunk(text="and so ", offset=(version - 2) * 7)
                 version = await log.append(task_id, (chunk,), version)
                 committed[version] = stamps[-1]
             await asyncio.sleep(0.1)
-            far, polled = _told(reader), _told(poller)
+            told = [_told(child) for child in others]
         await log.close()
         reading.cancel()
         await asyncio.wait({reading})
-    return {
-        NEAR: _median(committed, seen),
-        FAR: _median(committed, far),
-        POLLING: _median(committed, polled),
-    }
+    delays = [_median(committed, one) for one in (seen, *told)]
+    return dict(zip((NEAR, FAR, POLLING), delays, strict=False))
 
 
 def _told(child: Child) -> dict[int, float]:

@@ -23,7 +23,7 @@ def measure(session: Session) -> Sequence[Row]:
     """Measure writes a second."""
     streams = session.size(STREAMS, 10)
     each = session.size(100, 3)
-    subjects = {"perdure": lambda: asyncio.run(append_rate(session, streams, each))}
+    subjects = {"perdure": lambda: asyncio.run(append_rate(session.database(), streams, each))}
     peers = peer_subjects(session, "streams", session.size(3000, 20), streams)
     found = samples("writes/s", {**subjects, **peers}, session.rounds)
     rows = [
