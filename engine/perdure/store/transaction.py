@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -36,7 +36,7 @@ from perdure.events import (
     encode,
 )
 from perdure.store.bulk import Bulk
-from perdure.store.projection import REDACTED_COLUMNS, TaskFold
+from perdure.store.projection import TaskFold
 from perdure.store.schema import blobs, events, log_head, streams, tasks
 
 __all__ = ["FoldCache", "Transaction", "chunks_of"]
@@ -103,7 +103,6 @@ _FORGET_CONTENT: Final = Bulk(
     ("to_prompt", "to_labels", "of_stream"),
 )
 _COLUMNS: Final = tuple(tasks.c.keys())
-_REDACTED: Final = (REDACTED_COLUMNS["prompt"], REDACTED_COLUMNS["labels"])
 _STREAM_EVENTS: Final = (
     sa.select(
         events.c.version,
@@ -199,6 +198,7 @@ class Transaction:
         self._keys: dict[str, str] = {}
         self._free_keys: set[str] = set()
         self._blobs: dict[str, bytes] = {}
+        self._last: list[Callable[[], None]] = []
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -319,6 +319,10 @@ class Transaction:
         """Store content by its digest, once."""
         self._blobs.update(new)
 
+    def do_last(self, work: Callable[[], None]) -> None:
+        """Call ``work`` once all events are written, before the commit, where there are any."""
+        self._last.append(work)
+
     # -- writing ---------------------------------------------------------------------------------
 
     @property
@@ -371,6 +375,8 @@ class Transaction:
         _INSERT_EVENT.execute(self.connection, event_rows)
         self._flush_rows()
         self.connection.execute(_MOVE_HEAD, {"to_position": position, "to_digest": digest})
+        for work in self._last:
+            work()
         self.mark = position, digest
         return position, written
 
@@ -396,8 +402,9 @@ class Transaction:
                 continue
             row = fold.changing_columns()
             changed.append((*[row[name] for name in _CHANGING], fold.stream_id))
-            if fold.state.redacted:
-                forgotten.append((*_REDACTED, fold.stream_id))
+            left = fold.content_columns()
+            if left is not None:
+                forgotten.append((left["prompt"], left["labels"], fold.stream_id))
         _SET_VERSION.execute(self.connection, known)
         _INSERT_TASK.execute(self.connection, fresh)
         _UPDATE_TASK.execute(self.connection, changed)
