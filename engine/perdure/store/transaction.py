@@ -22,6 +22,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from perdure.errors import (
     ConcurrencyError,
     DatabaseCorrupt,
+    DatabaseUnavailable,
     DuplicateKey,
     InvalidTransition,
 )
@@ -51,8 +52,8 @@ _FIND_STREAMS: Final = (
     .order_by(streams.c.task_id)
     .with_for_update()
 )
-_HEAD: Final = sa.select(log_head.c.position, log_head.c.digest).with_for_update()
-_LOOK_AT_HEAD: Final = sa.select(log_head.c.position, log_head.c.digest)
+_HEAD: Final = sa.select(log_head).with_for_update()
+_LOOK_AT_HEAD: Final = sa.select(log_head)
 _MOVE_HEAD: Final = sa.update(log_head).values(
     position=sa.bindparam("to_position"), digest=sa.bindparam("to_digest")
 )
@@ -384,6 +385,10 @@ class Transaction:
         row = self.connection.execute(statement).one_or_none()
         if row is None:
             raise DatabaseCorrupt("the log has lost its head row: restore a backup")
+        if row.archive_of is not None and any(staged.new for staged in self._staged.values()):
+            raise DatabaseUnavailable(
+                "this database is an archive, and nothing new goes into it: name the log with --db"
+            )
         return int(row.position), bytes(row.digest)
 
     def _flush_rows(self) -> None:
