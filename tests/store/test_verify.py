@@ -474,8 +474,8 @@ class TestStreamsAndHead:
         for column, value in itertools.product(("position", "digest"), (*values, *backend.juggled)):
             assert vandal.try_(f"UPDATE log_head SET {column} = {value}") != [], (column, value)
         vandal.must_find("DELETE FROM log_head")
-        vandal.must_find("INSERT INTO log_head VALUES (2, 5, x'00')")
-        vandal.must_find("INSERT INTO log_head SELECT 2, position, digest FROM log_head")
+        vandal.must_find("INSERT INTO log_head VALUES (2, 5, x'00', NULL)")
+        vandal.must_find("INSERT INTO log_head SELECT 2, position, digest, NULL FROM log_head")
         vandal.must_find("UPDATE log_head SET id = 2")
 
     def test_a_strange_head_and_an_expectation(self, vandal: Vandal, backend: Backend) -> None:

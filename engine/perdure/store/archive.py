@@ -193,6 +193,8 @@ async def archive(
     report.blobs = await _drop_blobs(log, database)
     with contextlib.suppress(StoreError):  # what is free and not given back is used again
         await asyncio.to_thread(_give_back, database)
+    with contextlib.suppress(StoreError):  # whoever can write clears away what readers leave
+        await asyncio.to_thread(lambda: Database(target).writer().close())
     return report
 
 

@@ -252,9 +252,9 @@ def _copy_blobs(source: Connection, draft: Connection, named: set[str]) -> None:
     for part in chunks_of(sorted(named)):
         known.update(draft.scalars(sa.select(blobs.c.digest).where(blobs.c.digest.in_(part))))
     for digest in sorted(named - known):  # one at a time: each may be as large as a file
-        found = source.execute(sa.select(blobs).where(blobs.c.digest == digest)).one_or_none()
-        if found is not None:  # the proof says so where it isn't there
-            draft.execute(sa.insert(blobs).values(**dict(found._mapping)))  # noqa: SLF001
+        found = source.execute(sa.select(blobs).where(blobs.c.digest == digest)).mappings().all()
+        if found:  # the proof says so where it isn't there
+            draft.execute(sa.insert(blobs), [dict(row) for row in found])
 
 
 def _copy_gaps(source: Connection, writer: Writer) -> None:
@@ -332,9 +332,8 @@ def read_moved(file: Path, after: int) -> list[Moved]:
     """Return some of an archive's tasks, those after stream ``after``; none at its end."""
     database = Database(file)
     with database.snapshot() as connection:
-        batch = next(
-            _batches(connection, sa.select(tasks).where(tasks.c.stream_id > after), _NONE), []
-        )
+        batches = _batches(connection, sa.select(tasks).where(tasks.c.stream_id > after), _NONE)
+        batch = next(batches, None) or []
         placed: dict[int, list[tuple[int, bytes]]] = {row["stream_id"]: [] for row in batch}
         of_these = sa.select(events.c.stream_id, events.c.position, events.c.digest)
         for row in connection.execute(

@@ -29,6 +29,7 @@ from sqlalchemy.pool import NullPool
 from perdure.errors import DatabaseIncompatible, DatabaseUnavailable, StoreError
 from perdure.store import schema
 from perdure.store.dialect import (
+    ONE_MIGRATION,
     Dialect,
     Writer,
     alembic_config,
@@ -110,7 +111,7 @@ class Sqlite(Dialect):
     def _migrate(self) -> None:
         from alembic import command
 
-        with self.migration() as connection:
+        with ONE_MIGRATION, self.migration() as connection:
             # Under the write lock: of several processes that start at once, one migrates.
             if stored_revision(connection, self.path) != schema.REVISION:
                 command.upgrade(alembic_config(connection), "head")

@@ -276,11 +276,13 @@ class _Walk:
         while self._gap is not None:
             self._report.problem(f"gap at {self._gap.first}: nothing comes after it")
             self._gap = next(self._gaps, None)
-        # In an archive it is the other way round: what is missing there is in the log.
-        if self._report.archive_of is None and self._missing != self._report.archived:
+        if self._report.archive_of is None:
+            accounted, by = self._report.archived, "`archived` events account for"
+        else:  # it is the other way round: what is missing here is in the log
+            accounted, by = self._missing, "it is an archive itself, and says that it archived"
+        if self._missing != accounted or (self._report.archive_of and self._report.archived):
             self._report.problem(
-                f"{self._missing} events are missing in gaps, and {self._report.archived} were "
-                "archived"
+                f"{self._missing} events are missing in gaps; {by} {self._report.archived}"
             )
         for task_id, version in self._tombstones:
             self._report.problem(
