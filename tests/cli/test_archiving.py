@@ -8,14 +8,16 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from invoking import Perdure
 from programs import Program, until, write_rows
-from stories import FIVE, FOUR, NOON, ONE, THREE, TWO, five_tasks, submit
+from stories import FIVE, FOUR, NOON, ONE, THREE, TWO, asked, five_tasks, submit
 
 from perdure.cli.main import run
+from perdure.events import Cancelled
+from perdure.store.database import Database
+from perdure.store.transaction import FoldCache, Transaction
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -67,7 +69,8 @@ class TestArchive:
         again = perdure(*batch)
         assert again.code == 0, again.err
         assert len(ids(perdure, url)) == 3
-        results = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+        lines = (tmp_path / "out.jsonl").read_text().splitlines()
+        results = [json.loads(line) for line in lines]
         assert {(one["status"], one["output"], one["archived"]) for one in results} == {
             ("completed", None, "old.db")
         }
@@ -299,23 +302,12 @@ class TestCommandLine:
 
 def write_many(path: Path) -> None:
     """Write enough that archiving takes a moment."""
-    from stories import asked, tell_all
-
-    from perdure.events import Cancelled
-
-    told: list[tuple[str, Any, Any]] = []
-    for n in range(3000):
-        told.append((f"demo_{n}", (asked("x" * 100), Cancelled(by="me")), NOON))
-    tell_all(path, told[:1])
-    from perdure.store.database import Database
-    from perdure.store.transaction import FoldCache, Transaction
-
     writer = Database(path).writer()
     try:
         with writer.transaction() as connection:
             transaction = Transaction(connection, FoldCache(), NOON)
-            for task_id, events, _ in told[1:]:
-                transaction.append(task_id, events, 0)
+            for n in range(3000):
+                transaction.append(f"demo_{n}", (asked("x" * 100), Cancelled(by="me")), 0)
             transaction.flush()
     finally:
         writer.close()
