@@ -338,11 +338,11 @@ def _unnamed_blobs(database: Database) -> tuple[int, list[str]]:
         page = (
             sa.select(events.c.position, events.c.data)
             .join_from(streams, events, events.c.position == streams.c.stream_id)
-            .order_by(events.c.position)
+            .order_by(streams.c.stream_id)
             .limit(scanning.PAGE)
         )
         while unnamed:
-            rows = list(plain_rows(connection, page.where(events.c.position > last)))
+            rows = list(plain_rows(connection, page.where(streams.c.stream_id > last)))
             unnamed -= _named(data for _, data in rows)
             if len(rows) < scanning.PAGE:
                 break
