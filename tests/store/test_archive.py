@@ -16,7 +16,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from model.histories import Life, lives
 from perdure.errors import (
     DatabaseCorrupt,
     DatabaseIncompatible,
@@ -25,7 +28,7 @@ from perdure.errors import (
     StoreError,
     TaskArchived,
 )
-from perdure.events import Archived, Cancelled, Chunk, Completed, Redacted
+from perdure.events import Archived, Cancelled, Chunk, Completed, Redacted, decode, encode
 from perdure.lifecycle import evolve
 from perdure.store import archive as archive_module
 from perdure.store import archivefile
@@ -33,6 +36,7 @@ from perdure.store.archive import ArchiveReport, archive, survey
 from perdure.store.claims import load_blobs
 from perdure.store.database import Database
 from perdure.store.gaps import Gap, joined
+from perdure.store.projection import TaskFold
 from perdure.store.rebuilding import compare, rebuild
 from perdure.store.records import Records, read_events
 from perdure.store.redaction import redact
@@ -827,6 +831,49 @@ class TestEvidence:
         with pytest.raises(DatabaseCorrupt, match="perdure verify"):
             await archived(story, tmp_path / "a.db")
         assert backend.query(story, "SELECT count(*) FROM gaps") == [(0,)]
+
+
+@given(lives(), st.booleans())
+def test_a_row_without_content_is_the_same_row(life: Life, bare: bool) -> None:
+    """Whatever a task went through: its row keeps all but content, and folds from one event."""
+    whole = TaskFold("task", 7)
+    for event in life.events:
+        whole.apply((event,), LATER)
+    if not whole.state.status.ended:
+        return
+    before = whole.new_row()
+    note = Archived(
+        by="me",
+        archive="a.db",
+        events=whole.version,
+        position=7,
+        digest="",
+        row=archivefile._row_left(before),  # type: ignore[arg-type]
+    )
+    (note_back,) = (decode(*stored) for stored in [encode(note)])
+    fold = TaskFold("task", 7) if bare else whole
+    fold.apply((note_back,), LATER)
+    assert fold.version == len(life.events) + 1
+    after = fold.new_row()
+    assert {name: after[name] for name in KEPT} == {name: before[name] for name in KEPT}
+    assert [after[name] for name in CONTENT] == [None] * len(CONTENT)
+    assert after["archived"] == "a.db"
+
+
+async def test_up_and_down_with_history(backend: Backend, story: str, tmp_path: Path) -> None:
+    """A log with history goes down to the schema before and up again; then it can be archived."""
+    from store.test_migrations import migrate
+
+    before = kept(backend, story)
+    migrate(Database(story), "0002")
+    with pytest.raises((sqlite3.IntegrityError, psycopg.Error), match=r"never.* deleted"):
+        backend.change(story, "DELETE FROM events")
+    migrate(Database(story), "0003")
+    with pytest.raises((sqlite3.IntegrityError, psycopg.Error), match=r"never.* deleted"):
+        backend.change(story, "DELETE FROM events")
+    assert kept(backend, story) == before
+    assert (await archived(story, tmp_path / "a.db")).tasks == 4
+    assert_sound(story)
 
 
 def test_gaps_are_joined() -> None:

@@ -25,6 +25,7 @@ from perdure.errors import DatabaseCorrupt, PerdureError, StoreError
 from perdure.events import Archived, Submitted
 from perdure.store import scanning
 from perdure.store.archivefile import (
+    MOST_EVENTS,
     Moved,
     Stages,
     copy_out,
@@ -35,6 +36,7 @@ from perdure.store.archivefile import (
 )
 from perdure.store.bulk import plain_rows
 from perdure.store.database import Database
+from perdure.store.dialect import take_time
 from perdure.store.gaps import open_gaps
 from perdure.store.log import EventLog
 from perdure.store.scanning import UNREADABLE, Progress
@@ -272,6 +274,8 @@ def _move(
     tx: Transaction, *, batch: Sequence[Moved], archive: str, by: str, last: bool
 ) -> list[int]:
     """Archive these tasks, but for those that were changed; returns how many events each had."""
+    if sum(len(one.events) for one in batch) > MOST_EVENTS:  # one task alone
+        take_time(tx.connection)
     moved: list[Moved] = []
     for one in batch:
         fold = tx.fold(one.task_id)

@@ -31,7 +31,16 @@ from perdure.store.schema import blobs, events, gaps, log_head, streams, tasks
 from perdure.store.transaction import chunks_of
 from perdure.store.verification import verify
 
-__all__ = ["Moved", "Stages", "copy_out", "draft_of", "named_blobs", "read_moved", "refuse_target"]
+__all__ = [
+    "MOST_EVENTS",
+    "Moved",
+    "Stages",
+    "copy_out",
+    "draft_of",
+    "named_blobs",
+    "read_moved",
+    "refuse_target",
+]
 
 # Gives, for what is being done, what to call with how much of it is done and how much there is.
 Stages = Callable[[str], contextlib.AbstractContextManager[Progress]]
