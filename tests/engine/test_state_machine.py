@@ -1,8 +1,8 @@
 """Two engines on one database file against a plain model in memory, step by step.
 
 Every step is one that really happens: submitting, claiming, writing output, cancelling, ending,
-dying, being declared lost, coming back, redacting, archiving, starting anew. The clock is the test's
-own, and nothing runs by itself, so a failure can be repeated: hypothesis prints how, and
+dying, being declared lost, coming back, redacting, archiving, starting anew. The clock is the
+test's own, and nothing runs by itself, so a failure can be repeated: hypothesis prints how, and
 ``--hypothesis-seed`` sets where it begins. ``PERDURE_TEST_EXAMPLES`` sets how many runs there are.
 """
 
