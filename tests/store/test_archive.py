@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 
 from model.histories import Life, lives
 from perdure.errors import (
+    ConcurrencyError,
     DatabaseCorrupt,
     DatabaseIncompatible,
     DatabaseUnavailable,
+    InvalidTransition,
     PerdureError,
     StoreError,
     TaskArchived,
@@ -464,6 +466,13 @@ class TestItsPlace:
         assert_sound(database_url)
 
 
+def until_gone(file: Path) -> None:
+    """Wait until no draft of an archive is left."""
+    limit = time.monotonic() + 60
+    while list(file.parent.glob(f".{file.name}*")) and time.monotonic() < limit:
+        time.sleep(0.02)
+
+
 class TestMeanwhile:
     """Others work while tasks are archived."""
 
@@ -539,6 +548,20 @@ class TestMeanwhile:
         assert_sound(database_url)
         assert_sound(str(tmp_path / "a.db"))
 
+    async def test_a_writer_that_remembers_more(
+        self, store: Store, database_url: str, tmp_path: Path
+    ) -> None:
+        """A process that wrote to a task before others ended and archived it finds out, in time."""
+        await store.start("t")
+        async with opened(database_url) as other:
+            await other.log.append("t", [Completed()], 2)
+            await put_away(other, tmp_path / "a.db")
+        with pytest.raises(ConcurrencyError):
+            await store.log.append("t", [Chunk(text="x")], 2)
+        with pytest.raises(InvalidTransition):
+            await store.log.append("t", [Cancelled()], None)
+        assert_sound(database_url)
+
     async def test_two_at_once(self, store: Store, database_url: str, tmp_path: Path) -> None:
         """Each task goes into one archive only, whoever comes first; the other one counts it."""
         for number in range(40):
@@ -567,7 +590,7 @@ class TestMeanwhile:
         working.cancel()
         with pytest.raises(asyncio.CancelledError):
             await working
-        await loop.shutdown_default_executor()  # the thread notices that nobody waits any more
+        await asyncio.to_thread(until_gone, tmp_path / "a.db")  # it notices that nobody waits
         assert list(tmp_path.glob("*a.db*")) == []
         assert len(await read_events(store.database, "t0")) == 7
         assert_sound(database_url)

@@ -27,6 +27,7 @@ from perdure.errors import (
     InvalidTransition,
 )
 from perdure.events import (
+    Archived,
     Chunk,
     EncodedEvent,
     Event,
@@ -227,7 +228,7 @@ class Transaction:
         if fold is None or fold.version > version:
             fold = TaskFold(task_id, stream_id)
         if fold.version < version:
-            self._load(fold)
+            fold = self._load(fold)
         if fold.version != version:
             raise DatabaseCorrupt(
                 f"{task_id} should be at version {version}, its events end at {fold.version}: "
@@ -236,13 +237,16 @@ class Transaction:
         self._folds[task_id] = fold
         return fold
 
-    def _load(self, fold: TaskFold) -> None:
+    def _load(self, fold: TaskFold) -> TaskFold:
         # Forgotten first: were something unreadable half way, the fold would be of no version.
         self._cache.drop((fold.task_id,))
         rows = self.connection.execute(
             _STREAM_EVENTS, {"of_stream": fold.stream_id, "after": fold.version}
         )
         for row in rows:
+            if row.type == Archived.type and row.version != fold.version + 1:
+                # What the fold would go on with is in an archive: it begins anew.
+                fold = TaskFold(fold.task_id, fold.stream_id)
             try:
                 fold.apply((decode(row.type, row.schema_version, row.data),), row.recorded_at)
             except InvalidTransition as error:
@@ -250,6 +254,7 @@ class Transaction:
                     f"{fold.task_id} version {row.version} can't be folded ({error}): "
                     "run `perdure verify`"
                 ) from None
+        return fold
 
     # -- staging ---------------------------------------------------------------------------------
 
