@@ -8,6 +8,8 @@ import os
 import socket
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,11 +23,13 @@ from perdure.errors import (
     OutputInvalid,
     PerdureError,
     RunningLoop,
+    TaskArchived,
     TaskNotFound,
 )
-from perdure.events import Cancelled, CancelRequested, Chunk, RecordedEvent, Running
+from perdure.events import Archived, Cancelled, CancelRequested, Chunk, RecordedEvent, Running
 from perdure.lifecycle import TaskState
 from perdure.platforms import Platforms
+from perdure.store.archive import ArchiveReport, Stages, archive
 from perdure.store.claims import Scope
 from perdure.store.database import Database
 from perdure.store.log import EventLog
@@ -265,6 +269,7 @@ class Engine:
 
         Raises:
             TaskNotFound: There is no such task.
+            TaskArchived: Its content is in an archive.
             TimeoutError: It hasn't ended in that time.
         """
         with self.log.feed.ending(task_id) as ended:
@@ -290,6 +295,7 @@ class Engine:
 
         Raises:
             TaskNotFound: There is no such task.
+            TaskArchived: Its content is in an archive.
         """
         shown = from_version > 0
         async for recorded in self.stream_events(task_id, from_version):
@@ -309,6 +315,7 @@ class Engine:
 
         Raises:
             TaskNotFound: There is no such task.
+            TaskArchived: They are in an archive.
         """
         if await self._records.status(task_id) is TaskStatus.UNKNOWN:
             raise TaskNotFound(task_id)
@@ -375,10 +382,13 @@ class Engine:
 
         Raises:
             TaskNotFound: There is no such task.
+            TaskArchived: They are in an archive.
         """
         found = await read_events(self.database, task_id)
         if not found:
             raise TaskNotFound(task_id)
+        if isinstance(found[-1].event, Archived):
+            raise TaskArchived(task_id, found[-1].event.archive, "log")
         return found
 
     async def get_definition(self, task_id: str) -> Task:
@@ -386,6 +396,7 @@ class Engine:
 
         Raises:
             TaskNotFound: There is no such task.
+            TaskArchived: It is in an archive.
         """
         return await self._records.task(task_id)
 
@@ -398,11 +409,14 @@ class Engine:
 
         Raises:
             TaskNotFound: There is no such task.
+            TaskArchived: Its content is in an archive.
             InvalidTask: It hasn't ended, or its content was redacted.
         """
         record = await self.get_task(task_id)
         if not record.status.ended:
             raise InvalidTask(f"{task_id} is {record.status}: only ended tasks can be run again")
+        if record.archived is not None:
+            raise TaskArchived(task_id, record.archived)
         if record.prompt is None:
             raise InvalidTask(f"{task_id} was redacted: there is nothing left to run again")
         task = await self._records.task(task_id)
@@ -426,11 +440,38 @@ class Engine:
 
         Raises:
             TaskNotFound: There is no such task.
+            TaskArchived: Its content is in an archive, where it has to be redacted.
             InvalidTransition: It hasn't ended.
         """
         who = by or whoami()
         return await self.log.write(
             lambda tx: redact(tx, task_id, who, reason), (task_id,), alone=True
+        )
+
+    async def archive_tasks(
+        self,
+        before: datetime,
+        file: str | os.PathLike[str],
+        *,
+        by: str | None = None,
+        stages: Stages | None = None,
+    ) -> ArchiveReport:
+        """Move the events and the content of old tasks into a file, a database like this one.
+
+        What `tasks` says of them stays: status, usage, cost, batch, key. Others go on working.
+
+        Args:
+            before: Tasks that ended before, and that no unfinished task goes on from.
+            file: Where; nothing may be there.
+            by: Who does it, for the log.
+            stages: Is told how far it is.
+
+        Raises:
+            PerdureError: There can be no archive at that place, or it has the name of another one.
+            StoreError: A database can't do its part; what wasn't moved by then is as it was.
+        """
+        return await archive(
+            self.log, self.database, before, Path(file), by=by or whoami(), stages=stages
         )
 
     async def recover_lost(self) -> int:

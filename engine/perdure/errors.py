@@ -6,6 +6,7 @@
     ├── InvalidTask              a task, row or option that can't be accepted as it is
     ├── InvalidConfig            `perdure.toml` can't be read, or says what perdure doesn't know
     ├── TaskNotFound             no such task in this database
+    ├── TaskArchived             the task's content was moved into an archive
     ├── UnknownPlatform          no adapter of that name is installed
     ├── EngineClosed             the engine was closed while it was asked for something
     ├── RunningLoop              a blocking call was made from inside an event loop
@@ -37,6 +38,7 @@ Messages are one line each and say what happened, to what, and what to do about 
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from perdure.text import clean_text
@@ -68,6 +70,7 @@ __all__ = [
     "RunningLoop",
     "StoreError",
     "StreamTruncated",
+    "TaskArchived",
     "TaskNotFound",
     "TimeLimitExceeded",
     "UnknownPlatform",
@@ -104,6 +107,21 @@ class TaskNotFound(PerdureError):
             f"no task {task_id!r} in this database; `perdure list` shows what is there"
         )
         self.task_id = task_id
+
+
+class TaskArchived(PerdureError):
+    """The task's events and content were moved into an archive; its row is still here.
+
+    Attributes:
+        task_id: The task.
+        archive: The name of the archive's file.
+    """
+
+    def __init__(self, task_id: str, archive: str, command: str = "output") -> None:
+        asked = shlex.join(("perdure", command, task_id, "--db", archive))
+        super().__init__(f"the content of {task_id} is in the archive {archive}: `{asked}`")
+        self.task_id = task_id
+        self.archive = archive
 
 
 class UnknownPlatform(PerdureError):

@@ -26,6 +26,8 @@ __all__ = [
     "ENDINGS",
     "EVENT_TYPES",
     "Accepted",
+    "Archived",
+    "ArchivedRow",
     "AttemptFailed",
     "CancelRequested",
     "Cancelled",
@@ -236,7 +238,7 @@ class Cancelled(Event):
 
 
 class Redacted(Event):
-    """Content was removed from this stream; the only event that can follow an ending.
+    """Content was removed from this stream. It can follow an ending.
 
     It names the tombstones it left and their digests, so that nothing else can pass for one.
     """
@@ -247,6 +249,60 @@ class Redacted(Event):
     reason: str | None = None
     tombstones: dict[str, str]
     """Version in this stream -> SHA-256 of the tombstone that stands there now."""
+
+
+class ArchivedRow(BaseModel):
+    """What a task's row in `tasks` says once its content is elsewhere; named as the columns are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    status: Literal["completed", "failed", "cancelled"]
+    platform: str
+    model: str | None = None
+    type: str | None = None
+    priority: int = 5
+    attempts: int = 0
+    available_at: datetime
+    cancel_requested: bool = False
+    finish_reason: str | None = None
+    error_class: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_read_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    cost_usd: float | None = None
+    submitted_at: datetime
+    started_at: datetime | None = None
+    ended_at: datetime
+    batch: str | None = None
+    key: str | None = None
+    fingerprint: str | None = None
+    parent: str | None = None
+    retry_of: str | None = None
+    labels: dict[str, str] = Field(default_factory=dict[str, str])
+
+
+class Archived(Event):
+    """The stream's earlier events were moved into another file; nothing follows.
+
+    Whoever folds the stream begins with this event: it holds what they came to. It vouches for the
+    file as well: `digest` is that of the events as they stood here.
+    """
+
+    type: ClassVar[str] = "archived"
+
+    by: str
+    archive: str
+    """The file's name, without its folder."""
+    events: int
+    """How many were moved: the versions from 1 to this one."""
+    position: int
+    """The position of the first of them, which stays the key of the stream."""
+    digest: str
+    """SHA-256, in hexadecimal, over the `digest`s of the moved events, one after the other."""
+    row: ArchivedRow
+    """What `tasks` goes on saying about the task."""
 
 
 EVENT_TYPES: Final[Mapping[str, type[Event]]] = {
@@ -265,6 +321,7 @@ EVENT_TYPES: Final[Mapping[str, type[Event]]] = {
         Failed,
         Cancelled,
         Redacted,
+        Archived,
     )
 }
 ENDINGS: Final = tuple(name for name, model in EVENT_TYPES.items() if model.ends_task)

@@ -10,7 +10,7 @@ again, so what is in the log can always be folded. What may follow what::
                        │                    │       cancel_requested ───────┘
                        └─> failed,          └─> completed, failed, cancelled
                            cancelled
-                                                    then only: redacted
+                                                    then only: redacted; archived, the last
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple, cast
 from perdure.errors import InvalidTransition
 from perdure.events import (
     Accepted,
+    Archived,
     AttemptFailed,
     Cancelled,
     CancelRequested,
@@ -70,6 +71,7 @@ class TaskState(NamedTuple):
         earlier_usage: Tokens of the attempts before it.
         cost_usd: US dollars of all attempts that ended; None where unknown.
         unpriced: Whether some attempt used tokens whose price is unknown.
+        archive: The file that the events were moved into, once they were.
     """
 
     version: int
@@ -101,6 +103,7 @@ class TaskState(NamedTuple):
     started_at: datetime | None = None
     ended_at: datetime | None = None
     redacted: bool = False
+    archive: str | None = None
 
     @property
     def total_usage(self) -> Usage:
@@ -123,6 +126,7 @@ _NO_USAGE: Final = Usage()
 _PENDING: Final = frozenset({TaskStatus.PENDING})
 _RUNNING: Final = frozenset({TaskStatus.RUNNING})
 _LIVE: Final = _PENDING | _RUNNING
+_ENDED: Final = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED})
 
 
 def evolve(state: TaskState | None, event: Event, at: datetime) -> TaskState:
@@ -137,6 +141,8 @@ def evolve(state: TaskState | None, event: Event, at: datetime) -> TaskState:
         InvalidTransition: The event can't follow what was before.
     """
     if state is None:
+        if isinstance(event, Archived):
+            return _from_archived(event)
         if not isinstance(event, Submitted):
             raise InvalidTransition(f"{event.type!r} can't be the first event of a task")
         if not event.platforms:
@@ -303,7 +309,54 @@ def _cancelled(state: TaskState, event: Cancelled, at: datetime) -> TaskState:
 
 
 def _redacted(state: TaskState, event: Redacted, at: datetime) -> TaskState:
+    _refuse_archived(state, event)
     return state._replace(version=state.version + 1, redacted=True, error=None, files=())
+
+
+def _archived(state: TaskState, event: Archived, at: datetime) -> TaskState:
+    _refuse_archived(state, event)
+    if event.events != state.version or event.row.status != state.status:
+        raise InvalidTransition(
+            f"'archived' of {event.events} events, {event.row.status}, can't follow version "
+            f"{state.version}, {state.status}"
+        )
+    return _from_archived(event)
+
+
+def _refuse_archived(state: TaskState, event: Event) -> None:
+    if state.archive is not None:
+        raise InvalidTransition(f"{event.type!r} can't follow: the task is in {state.archive}")
+
+
+def _from_archived(event: Archived) -> TaskState:
+    """Return the same state whether the events before are still there or not."""
+    row = event.row
+    if event.events < 1:
+        raise InvalidTransition(f"'archived' of {event.events} events can't be")
+    return TaskState(
+        version=event.events + 1,
+        status=TaskStatus(row.status),
+        platforms=(row.platform,),
+        platform=row.platform,
+        submitted_at=row.submitted_at,
+        available_at=row.available_at,
+        model=row.model,
+        attempt=row.attempts,
+        cancel=CancelRequested(by="") if row.cancel_requested else None,
+        usage=Usage(
+            input_tokens=row.input_tokens,
+            output_tokens=row.output_tokens,
+            cache_read_tokens=row.cache_read_tokens,
+            cache_write_tokens=row.cache_write_tokens,
+            reasoning_tokens=row.reasoning_tokens,
+        ),
+        cost_usd=row.cost_usd,
+        error_class=row.error_class,
+        finish_reason=row.finish_reason,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        archive=event.archive,
+    )
 
 
 def _end(state: TaskState, usage: Usage | None, cost: float | None, at: datetime) -> TaskState:
@@ -356,8 +409,6 @@ _RULES: Final[Mapping[type[Event], tuple[frozenset[TaskStatus], _Step]]] = {
     Completed: (_RUNNING, _completed),
     Failed: (_LIVE, _failed),
     Cancelled: (_LIVE, _cancelled),
-    Redacted: (
-        frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED}),
-        _redacted,
-    ),
+    Redacted: (_ENDED, _redacted),
+    Archived: (_ENDED, _archived),
 }

@@ -1,8 +1,8 @@
 """Two engines on one database file against a plain model in memory, step by step.
 
 Every step is one that really happens: submitting, claiming, writing output, cancelling, ending,
-dying, being declared lost, coming back, redacting, starting anew. The clock is the test's own, and
-nothing runs by itself, so a failure can be repeated: hypothesis prints how, and
+dying, being declared lost, coming back, redacting, archiving, starting anew. The clock is the
+test's own, and nothing runs by itself, so a failure can be repeated: hypothesis prints how, and
 ``--hypothesis-seed`` sets where it begins. ``PERDURE_TEST_EXAMPLES`` sets how many runs there are.
 """
 
@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,6 +52,7 @@ from perdure import (
     Recovery,
     Submission,
     Task,
+    TaskArchived,
     TaskConstraints,
     Usage,
     UsageReported,
@@ -60,7 +61,7 @@ from perdure.errors import InvalidTransition, TimeLimitExceeded
 from perdure.events import Cancelled, CancelRequested
 from perdure.lifecycle import TaskState
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption, cancelled
-from perdure.store import claims
+from perdure.store import archivefile, claims
 from perdure.store.claims import Claimed, Scope
 from perdure.store.database import Database, Writer
 from perdure.store.rebuilding import compare, rebuild
@@ -104,6 +105,7 @@ class ModelTask:
     usage: int | None = None
     error: str | None = None
     redacted: bool = False
+    archived: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -177,6 +179,8 @@ class TwoEngines(RuleBasedStateMachine):
         self.written = 0
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(Writer, "now", lambda _writer: self.now)
+        # Migrating each archive would take most of the time.
+        self.patch.setattr(archivefile.Database, "prepare", partialmethod(_copied, self.template))
         for _ in range(2):
             self.nodes.append(self.open())
 
@@ -604,8 +608,8 @@ class TwoEngines(RuleBasedStateMachine):
         """Ended tasks are run again as new ones, once."""
         task = self.tasks[data.draw(st.sampled_from(list(self.tasks)))]
         retrying = self.nodes[node].retry_task(task.task_id)
-        if not task.ended or task.redacted:
-            with pytest.raises(InvalidTask):
+        if not task.ended or task.redacted or task.archived:
+            with pytest.raises(TaskArchived if task.archived else InvalidTask):
                 self.run(retrying)
             return
         outcome = self.run(retrying)
@@ -633,11 +637,30 @@ class TwoEngines(RuleBasedStateMachine):
         """The content of an ended task is removed; what happened stays known."""
         ended = [task.task_id for task in self.tasks.values() if task.ended]
         task = self.tasks[data.draw(st.sampled_from(ended))]
+        if task.archived:
+            with pytest.raises(TaskArchived):
+                self.run(self.nodes[node].redact_task(task.task_id, by="test"))
+            return
         changed = self.run(self.nodes[node].redact_task(task.task_id, by="test"))
         assert (changed > 0) == (not task.redacted)
         if changed:
             task.events.append("redacted")
             task.redacted = True
+
+    @precondition(lambda self: any(task.ended for task in self.tasks.values()))
+    @rule(node=st.integers(0, 1))
+    def archive(self, node: int) -> None:
+        """What has ended goes into a file; one event of each task stays."""
+        going = [task for task in self.tasks.values() if task.ended and not task.archived]
+        file = self.folder / f"archive{next(self.numbers)}.db"
+        moment = self.now + timedelta(days=1)
+        report = self.run(self.nodes[node].archive_tasks(moment, file, by="test"))
+        assert (report.tasks, report.changed) == (len(going), 0)
+        assert report.events == sum(len(task.events) for task in going)
+        assert file.exists() == bool(going)
+        for task in going:
+            task.events.append("archived")
+            task.archived = file.name
 
     # -- what must hold --------------------------------------------------------------------------
 
@@ -649,13 +672,20 @@ class TwoEngines(RuleBasedStateMachine):
             "SELECT e.position, s.task_id, e.version, e.type, s.version FROM events AS e "
             "JOIN streams AS s USING (stream_id) ORDER BY e.position",
         )
-        assert [row[0] for row in rows] == list(range(1, len(rows) + 1))
+        gaps = query(self.path, "SELECT first_position, last_position FROM gaps")
+        elsewhere = [position for first, last in gaps for position in range(first, last + 1)]
+        positions = sorted([*elsewhere, *(row[0] for row in rows)])
+        assert positions == list(range(1, len(positions) + 1))
         found: dict[str, list[str]] = {}
         for _, task_id, version, type_, last in rows:
+            task = self.tasks[task_id]
             found.setdefault(task_id, []).append(type_)
-            assert version == len(found[task_id])
-            assert last == len(self.tasks[task_id].events)
-        assert found == {task.task_id: task.events for task in self.tasks.values()}
+            assert version == (len(task.events) if task.archived else len(found[task_id]))
+            assert last == len(task.events)
+        assert found == {
+            task.task_id: task.events[-1:] if task.archived else task.events
+            for task in self.tasks.values()
+        }
         for types in found.values():
             assert sum(type_ in ("completed", "failed", "cancelled") for type_ in types) <= 1
 
@@ -670,8 +700,9 @@ class TwoEngines(RuleBasedStateMachine):
         assert len(rows) == len(self.tasks)
         for row in rows:
             task = self.tasks[row[0]]
-            text = None if task.redacted else task.text
-            files = [] if task.redacted else task.files
+            gone = task.redacted or task.archived
+            text = None if gone else task.text
+            files = [] if gone else task.files
             assert row[1:] == (
                 task.status,
                 task.platform,
@@ -685,7 +716,8 @@ class TwoEngines(RuleBasedStateMachine):
                 iso(task.available),
                 json.dumps(files, ensure_ascii=False, separators=(",", ":")) if files else None,
             )
-            assert status_of(stored_events(self.path, task.task_id)) == task.status
+            if not task.archived:
+                assert status_of(stored_events(self.path, task.task_id)) == task.status
 
     @invariant()
     def the_chain_holds(self) -> None:
@@ -698,6 +730,11 @@ class TwoEngines(RuleBasedStateMachine):
             report = verify(connection)
             assert report.ok, report.problems
             assert compare(connection).differed == 0
+
+
+def _copied(database: Database, template: Path, **_how: bool) -> None:
+    if not database.path.exists():
+        shutil.copy(template, database.path)
 
 
 def _look(tx: Transaction, task_id: str) -> TaskState:

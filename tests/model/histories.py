@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from perdure.events import (
     EVENT_TYPES,
     Accepted,
+    Archived,
+    ArchivedRow,
     AttemptFailed,
     Cancelled,
     CancelRequested,
@@ -167,6 +169,28 @@ EVENTS: dict[type[Event], st.SearchStrategy[Any]] = {
         by=words,
         reason=maybe(words),
         tombstones=st.dictionaries(st.integers(1, 9).map(str), words, max_size=3),
+    ),
+    Archived: st.builds(
+        Archived,
+        by=words,
+        archive=names,
+        events=st.integers(-1, 5),
+        position=counts,
+        digest=words,
+        row=st.builds(
+            ArchivedRow,
+            status=st.sampled_from(["completed", "failed", "cancelled"]),
+            platform=st.sampled_from(PLATFORMS),
+            available_at=moments,
+            cancel_requested=st.booleans(),
+            input_tokens=maybe(counts),
+            output_tokens=maybe(counts),
+            cost_usd=maybe(costs),
+            submitted_at=moments,
+            ended_at=moments,
+            key=maybe(words),
+            labels=st.dictionaries(words, words, max_size=2),
+        ),
     ),
 }
 assert set(EVENTS) == set(EVENT_TYPES.values())

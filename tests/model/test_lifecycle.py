@@ -15,6 +15,8 @@ from perdure.errors import InvalidTransition
 from perdure.events import (
     EVENT_TYPES,
     Accepted,
+    Archived,
+    ArchivedRow,
     AttemptFailed,
     Cancelled,
     CancelRequested,
@@ -77,6 +79,20 @@ def interrupted(following: str, attempt: int = 1, **fields: Any) -> Interrupted:
     )
 
 
+def archived(events: int, status: str = "completed") -> Archived:
+    """Return the note that so many events were moved elsewhere."""
+    row = ArchivedRow(
+        status=status,  # type: ignore[arg-type]
+        platform=PLATFORMS[0],
+        available_at=T0,
+        submitted_at=T0,
+        ended_at=T0,
+        input_tokens=3,
+        cost_usd=0.5,
+    )
+    return Archived(by="me", archive="a.db", events=events, position=1, digest="0" * 64, row=row)
+
+
 REATTACHABLE = Accepted(response_id="r1", reattachable=True, cursor="c0", model="m-1")
 
 STATES: dict[str, list[Event]] = {
@@ -105,9 +121,9 @@ SAMPLES: dict[str, Event] = {
         Redacted(by="me", tombstones={}),
     )
 }
-ENDED = {"redacted"}
+ENDED = {"redacted", "archived"}
 MAY_FOLLOW: dict[str, set[str]] = {
-    "nothing": {"submitted"},
+    "nothing": {"submitted", "archived"},
     "pending": {"running", "failed", "cancelled"},
     "running": {
         "accepted", "chunk", "usage", "file_created", "attempt_failed", "interrupted",
@@ -127,11 +143,37 @@ class TestWhatMayFollowWhat:
     def test_table(self, before: str, name: str) -> None:
         """An event is accepted in exactly the states that the table says."""
         events = STATES[before]
+        if name == "archived" and before == "nothing":
+            assert fold([archived(5)]).version == 6  # what came before is elsewhere
+            return
+        ended = before if before in ("completed", "failed", "cancelled") else "completed"
+        happened = SAMPLES.get(name) or archived(len(events), ended)
         if name in MAY_FOLLOW[before]:
-            assert fold([*events, SAMPLES[name]]).version == len(events) + 1
+            assert fold([*events, happened]).version == len(events) + 1
         else:
             with pytest.raises(InvalidTransition):
-                fold([*events, SAMPLES[name]])
+                fold([*events, happened])
+
+    @pytest.mark.parametrize(
+        "then",
+        [archived(4), archived(3), Redacted(by="me", tombstones={})],
+        ids=["archived", "archived as before", "redacted"],
+    )
+    def test_nothing_follows_archived(self, then: Event) -> None:
+        """What is in an archive doesn't change any more."""
+        with pytest.raises(InvalidTransition):
+            fold([*STATES["completed"], archived(3), then])
+
+    @pytest.mark.parametrize("wrong", [archived(2), archived(4), archived(3, "failed")])
+    def test_archived_is_of_all_that_was_there(self, wrong: Event) -> None:
+        """It says how many events there were, and how they ended."""
+        with pytest.raises(InvalidTransition):
+            fold([*STATES["completed"], wrong])
+
+    def test_archived_stands_for_what_it_replaces(self) -> None:
+        """The state is the same whether the events before are still there or not."""
+        note = archived(3)
+        assert fold([*STATES["completed"], note]) == fold([note])
 
     @settings(max_examples=200)
     @given(st.lists(any_event, max_size=20))
@@ -145,7 +187,7 @@ class TestWhatMayFollowWhat:
                 assert len(str(refused).splitlines()) == 1  # noqa: PT017 - either is fine
                 continue
             assert after.version == state.version + 1
-            assert not state.status.ended or isinstance(event, Redacted)
+            assert not state.status.ended or isinstance(event, Redacted | Archived)
             state = after
 
     @given(lives(), any_event)
@@ -175,7 +217,10 @@ class TestWhatMayFollowWhat:
         except InvalidTransition:
             assert not isinstance(event, Submitted) or not event.platforms
         else:
-            assert (state.version, state.status) == (1, TaskStatus.PENDING)
+            if isinstance(event, Archived):
+                assert (state.version, state.status) == (event.events + 1, event.row.status)
+            else:
+                assert (state.version, state.status) == (1, TaskStatus.PENDING)
 
     @settings(max_examples=300)
     @given(lives())

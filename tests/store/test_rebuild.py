@@ -412,7 +412,7 @@ class TestDamage:
             finish_reason, error_class, error, input_tokens, output_tokens, cache_read_tokens,
             cache_write_tokens, reasoning_tokens, cost_usd, submitted_at, started_at, ended_at,
             batch, 'ghostly', fingerprint, parent, retry_of, labels, files_created,
-            tool_calls
+            tool_calls, archived
             FROM tasks WHERE task_id LIKE 'good'""",
         ],
     )

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Final
 
 from perdure.cli.exits import ExitCode
 from perdure.cli.finding import IdArgument, resolve
-from perdure.cli.records import ENDED, event_record, event_rows, find_task_row
+from perdure.cli.records import (
+    ENDED,
+    event_record,
+    event_rows,
+    find_task_row,
+    refuse_archived,
+)
 from perdure.cli.session import Session
 from perdure.cli.terminal import is_terminal, say, show, show_json
 from perdure.store.readonly import Reader, iso
@@ -61,6 +67,8 @@ def follow(
     while True:
         for row in event_rows(reader, task_id, version):
             version = row["version"]
+            if row["type"] == "archived":  # nothing of what was asked for is here any more
+                refuse_archived(find_task_row(reader, task_id), "tail")
             yield row
             if row["type"] in ENDED:
                 return

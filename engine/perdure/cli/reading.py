@@ -12,7 +12,14 @@ from perdure.cli.finding import IdArgument, IdsArgument, resolve
 from perdure.cli.following import tail
 from perdure.cli.listing import list_tasks
 from perdure.cli.moments import clock
-from perdure.cli.records import ENDED, event_record, event_rows, find_task_row, text_so_far
+from perdure.cli.records import (
+    ENDED,
+    event_record,
+    event_rows,
+    find_task_row,
+    refuse_archived,
+    text_so_far,
+)
 from perdure.cli.session import Session, add_command
 from perdure.cli.tables import paint, tab_line, terminal_width
 from perdure.cli.terminal import complain, is_terminal, show, show_json
@@ -23,6 +30,7 @@ from perdure.text import printable
 __all__ = ["register"]
 
 _PANEL: Final = "Looking"
+_ARCHIVED: Final = "SELECT task_id, archived FROM tasks WHERE task_id = ?"
 
 
 def register(app: typer.Typer) -> None:
@@ -70,7 +78,10 @@ def log(session: Session, task_id: IdArgument) -> None:
     whole, as it is stored.
     """
     with Reader.open(session.url) as reader:
-        events = event_rows(reader, resolve(reader, task_id))
+        known = resolve(reader, task_id)
+        for row in reader.rows(_ARCHIVED, (known,)):  # none where the projection has lost it
+            refuse_archived(row, "log")
+        events = event_rows(reader, known)
         if session.json:
             for row in events:
                 show_json(event_record(row))
@@ -97,6 +108,7 @@ def output(session: Session, task_id: IdArgument) -> None:
     with Reader.open(session.url) as reader:
         known = resolve(reader, task_id)
         row = find_task_row(reader, known)
+        refuse_archived(row, "output")
         text = text_so_far(reader, known)
     status = row["status"]
     redacted = status in ENDED and row["output"] is None and row["partial_output"] is None

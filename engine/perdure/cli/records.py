@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any, Final
 
-from perdure.errors import PerdureError
+from perdure.errors import PerdureError, TaskArchived
 from perdure.store.readonly import Reader
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "events_query",
     "find_task_row",
     "record_of",
+    "refuse_archived",
     "text_so_far",
 ]
 
@@ -59,6 +60,7 @@ TASK_COLUMNS: Final = (
     "labels",
     "files_created",
     "tool_calls",
+    "archived",
 )
 
 ENDED: Final = frozenset({"completed", "failed", "cancelled"})
@@ -114,6 +116,20 @@ def find_task_row(reader: Reader, task_id: str) -> sqlite3.Row:
     if row is None:
         raise PerdureError(f"{task_id} is in the log but not in `tasks`: run `perdure rebuild`")
     return row
+
+
+def refuse_archived(row: sqlite3.Row, command: str) -> None:
+    """Raise an error that says where the content is, where it isn't here.
+
+    Args:
+        row: The task's row.
+        command: The command that shows what was asked for, on the archive.
+
+    Raises:
+        TaskArchived: It is in an archive.
+    """
+    if row["archived"] is not None:
+        raise TaskArchived(row["task_id"], row["archived"], command)
 
 
 def text_so_far(reader: Reader, task_id: str) -> str:

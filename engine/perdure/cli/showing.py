@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -40,7 +41,7 @@ def gather(reader: Reader, task_id: str) -> Known:
         known["partial_output"] = text_so_far(reader, task_id)
     known["duration_seconds"] = duration(known["started_at"], known["ended_at"])
     known["definition"] = _definition(reader, task_id)
-    known["redacted"] = known["definition"] is None
+    known["redacted"] = known["definition"] is None and known["archived"] is None
     known["runs"] = [dict(attempt) for attempt in reader.rows(_ATTEMPTS, (task_id,))]
     again = reader.one("SELECT task_id FROM tasks WHERE retry_of = ?", (task_id,))
     known["retried_as"] = None if again is None else again["task_id"]
@@ -48,7 +49,7 @@ def gather(reader: Reader, task_id: str) -> Known:
 
 
 def _definition(reader: Reader, task_id: str) -> Known | None:
-    """Return the task as it was submitted, its long texts in place; None once it is redacted."""
+    """Return the task as it was submitted, its long texts in place; None once it is gone."""
     from perdure.events import Submitted, decode
     from perdure.store.content import restore
 
@@ -135,6 +136,9 @@ def _facts(known: Known) -> Iterator[tuple[str, str | None]]:
         yield "error", f"{known['error_class']}: {one_line(known['error'] or '')}"
     if known["redacted"]:
         yield "content", "redacted"
+    if known["archived"] is not None:
+        asked = shlex.join(("perdure", "show", known["task_id"], "--db", known["archived"]))
+        yield "content", f"in the archive {known['archived']}: `{asked}`"
 
 
 def _texts(known: Known) -> Iterator[tuple[str, str]]:

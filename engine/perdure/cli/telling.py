@@ -10,6 +10,7 @@ from perdure.cli.terminal import one_line
 from perdure.errors import PerdureError
 from perdure.events import (
     Accepted,
+    Archived,
     AttemptFailed,
     Cancelled,
     CancelRequested,
@@ -77,6 +78,8 @@ def tell(event: Event, quoted: int = _QUOTED) -> str:
             return _tell_end(event)
         case Redacted():
             return _list(f"{things(len(event.tombstones), 'event')} by {event.by}", event.reason)
+        case Archived():
+            return f"{things(event.events, 'event')} to {event.archive} by {event.by}"
         case _:
             return one_line(event.model_dump_json(exclude_none=True), _QUOTED)
 

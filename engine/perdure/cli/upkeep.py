@@ -1,21 +1,23 @@
-"""Commands that look after the log as a whole: verify, rebuild, redact; and `perdure db …`."""
+"""Commands that look after the log: verify, rebuild, redact, archive; and `perdure db …`."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from perdure.cli.archiving import archive, look_into
 from perdure.cli.exits import ExitCode
 from perdure.cli.figures import count, things
 from perdure.cli.files import backup, upgrade, vacuum
 from perdure.cli.finding import IdsArgument, resolve
 from perdure.cli.health import doctor, platforms
 from perdure.cli.progress import progress
-from perdure.cli.records import find_task_row
+from perdure.cli.records import find_task_row, refuse_archived
 from perdure.cli.session import Session, add_command, add_group
 from perdure.cli.terminal import complain, one_line, say, show_json, show_line
 from perdure.errors import DatabaseCorrupt
@@ -35,6 +37,7 @@ def register(app: typer.Typer) -> None:
     add_command(app, verify, name="verify", panel=_PANEL)
     add_command(app, rebuild, name="rebuild", panel=_PANEL)
     add_command(app, redact, name="redact", panel=_PANEL)
+    add_command(app, archive, name="archive", panel=_PANEL)
     group = add_group(app, name="db", about="Upgrade, back up, shrink the database.", panel=_PANEL)
     add_command(group, upgrade, name="upgrade")
     add_command(group, backup, name="backup")
@@ -57,11 +60,21 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    archives: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--archive",
+            metavar="FILE",
+            help="An archive of this log, to be read as well and held against it; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """Walk the whole log and hold `tasks` against it: has anybody changed anything?
 
     Prints POSITION:DIGEST of the log's end. Keep it somewhere else: with --expect it shows later
-    that the log was not cut off or written anew since. Exit code 1 where something is wrong.
+    that the log was not cut off or written anew since. What is in archives is looked at only where
+    they are named. Exit code 1 where something is wrong.
     """
     expected = None if expect is None else _seal(expect)
     from perdure.store import rebuilding, verification
@@ -77,6 +90,7 @@ def verify(
                 differed = rebuilding.compare(connection, step).differed
             except DatabaseCorrupt as error:
                 report.problem(str(error))
+        read = look_into(connection, archives or (), report, expected)
     if differed:
         report.problem(
             f"`tasks` differs from the log in {things(differed, 'row')}: run `perdure rebuild`"
@@ -86,7 +100,9 @@ def verify(
             {
                 "ok": report.ok,
                 **{name: getattr(report, name) for name in ("events", "tasks", "redacted")},
+                **{name: getattr(report, name) for name in ("archived", "archive_of")},
                 **{name: getattr(report, name) for name in ("position", "digest")},
+                "archives": read,
                 "rows_differing": differed,
                 "problems": report.problems,
             }
@@ -116,6 +132,17 @@ def _tell(session: Session, report: VerifyReport) -> None:
         show_line(f"{report.position}:{report.digest}")
     redacted = f", {count(report.redacted)} of them redacted" if report.redacted else ""
     say(f"All is well: {read}{redacted}; the chain holds, and `tasks` is what the log says.")
+    if report.archived:
+        say(
+            f"{things(report.archived, 'event')} in archives not looked at: "
+            f"`{session.command_line('verify', '--archive', 'FILE')}` does."
+        )
+    if report.archive_of is not None:
+        say(
+            "It is an archive: whether it is all that was archived, its log can tell "
+            f"(`perdure verify --archive {session.shown_db or 'FILE'}`)."
+        )
+        return
     if report.position:
         again = session.command_line(
             "verify", "--expect", f"{report.position}:{report.digest[:8]}…"
@@ -169,6 +196,8 @@ async def redact(
     """
     with Reader.open(session.url) as reader:
         rows = [find_task_row(reader, resolve(reader, given)) for given in ids]
+        for row in rows:
+            refuse_archived(row, "redact")
     if not yes:
         if not sys.stdin.isatty():
             raise typer.BadParameter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,7 @@ from perdure.store import schema
 from perdure.store.readonly import Reader
 
 __all__ = [
+    "ONE_MIGRATION",
     "Dialect",
     "Listens",
     "News",
@@ -29,6 +31,10 @@ __all__ = [
     "stored_revision",
     "take_time",
 ]
+
+
+# Alembic keeps what it works on in globals: of the threads of a process only one may migrate.
+ONE_MIGRATION: Final = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from perdure.errors import EngineClosed, PerdureError
-from perdure.events import RecordedEvent, decode
+from perdure.errors import EngineClosed, PerdureError, TaskArchived
+from perdure.events import Archived, RecordedEvent, decode
 from perdure.store.database import Database
 from perdure.store.schema import events, log_head, streams
 
@@ -117,6 +117,7 @@ class Feed:
 
         Raises:
             EngineClosed: The engine was closed before the task ended.
+            TaskArchived: The events were moved into an archive.
         """
         reader = _Reader()
         if self._failed is not None:
@@ -128,13 +129,15 @@ class Feed:
                 # Before the replay: what is dropped while its last page is read must be noticed.
                 reader.behind = False
                 async for event in self._replay(task_id, after):
+                    if isinstance(event.event, Archived):  # nothing of what was asked for is here
+                        raise TaskArchived(task_id, event.event.archive)
                     after = event.version
                     yield event
                     if event.event.ends_task:
                         return
                 while not reader.behind:
                     new = await reader.next()
-                    if new is None or new.version > after + 1:
+                    if new is None or new.version > after + 1 or isinstance(new.event, Archived):
                         break  # some were not kept: fetch them
                     if new.version <= after:
                         continue

@@ -37,6 +37,7 @@ from perdure.errors import (
 )
 from perdure.store import schema
 from perdure.store.dialect import (
+    ONE_MIGRATION,
     Dialect,
     News,
     Writer,
@@ -103,7 +104,7 @@ class Postgresql(Dialect):
         """Create the tables, or bring an older schema up to today's."""
         from alembic import command
 
-        with self.translate(), self.migration() as connection:
+        with ONE_MIGRATION, self.translate(), self.migration() as connection:
             take_time(connection)
             self._check_server(connection)
             if self._revision(connection) != schema.REVISION:

@@ -11,7 +11,16 @@ from typing import Any
 
 import orjson
 
-from perdure.events import Chunk, Event, Redacted, Running, Submitted, canonical
+from perdure.events import (
+    Archived,
+    ArchivedRow,
+    Chunk,
+    Event,
+    Redacted,
+    Running,
+    Submitted,
+    canonical,
+)
 from perdure.lifecycle import TaskState, evolve
 from perdure.task import TaskStatus
 from perdure.text import check_json
@@ -84,15 +93,17 @@ class TaskFold:
                 self._calls.clear()
         elif isinstance(event, Submitted):
             self._fixed = _fixed_columns(event)
-        elif isinstance(event, Redacted):
+        elif isinstance(event, Redacted | Archived):
             self._text.clear()
             self._calls.clear()
+            if isinstance(event, Archived):
+                self._fixed = _fixed_columns_left(event.row)
 
     def new_row(self) -> Row:
         """Return all columns, for a task that has no row yet.
 
-        Only where the fold began with the task's first event; the fixed part is given away once,
-        so that a cache of folds doesn't keep every prompt.
+        Only where the fold began with the first event that there is; the fixed part is given away
+        once, so that a cache of folds doesn't keep every prompt.
         """
         if self._fixed is None:
             raise ValueError(f"{self.task_id}: the fixed columns are known only to the first row")
@@ -102,11 +113,17 @@ class TaskFold:
             row.update(REDACTED_COLUMNS)
         return row
 
+    def content_columns(self) -> Row | None:
+        """Return what is left of a row's content once that is gone; None while it is there."""
+        if self.state.archive is not None and self._fixed is not None:
+            return {name: self._fixed[name] for name in REDACTED_COLUMNS}
+        return REDACTED_COLUMNS if self.state.redacted else None
+
     def changing_columns(self) -> Row:
         """Return the columns that events after the first change."""
         state = self.state
         usage = state.total_usage
-        text = None if state.redacted else self.text
+        text = None if state.redacted or state.archive is not None else self.text
         unsuccessful = state.status in (TaskStatus.FAILED, TaskStatus.CANCELLED)
         return {
             "stream_id": self.stream_id,
@@ -133,6 +150,7 @@ class TaskFold:
             "ended_at": state.ended_at,
             "files_created": canonical(list(state.files)).decode() if state.files else None,
             "tool_calls": _tool_calls("".join(self._calls)) if state.status.ended else None,
+            "archived": state.archive,
         }
 
 
@@ -172,4 +190,18 @@ def _fixed_columns(event: Submitted) -> Row:
         "parent": parents[0] if parents else None,
         "retry_of": task.get("retry_of"),
         "labels": orjson.dumps(task.get("labels") or {}, option=orjson.OPT_SORT_KEYS).decode(),
+    }
+
+
+def _fixed_columns_left(row: ArchivedRow) -> Row:
+    return {
+        "type": row.type,
+        "priority": row.priority,
+        "prompt": None,
+        "batch": row.batch,
+        "key": row.key,
+        "fingerprint": row.fingerprint,
+        "parent": row.parent,
+        "retry_of": row.retry_of,
+        "labels": canonical(row.labels).decode(),
     }

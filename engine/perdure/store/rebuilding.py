@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from perdure.errors import DatabaseCorrupt, InvalidTransition
-from perdure.events import decode
+from perdure.events import Archived, decode
 from perdure.store import scanning
 from perdure.store.bulk import plain_rows
 from perdure.store.dialect import any_text, take_time
@@ -129,7 +129,9 @@ def _folded(connection: Connection) -> Iterator[dict[int, dict[str, Any] | None]
 def _fold(
     fold: TaskFold, version: int, type_: str, schema_version: int, data: str, at: datetime
 ) -> None:
-    if at is NO_MOMENT or version != fold.version + 1:
+    # The events before an `archived` one are in an archive, and it says how many they were.
+    follows = version == fold.version + 1 or (type_ == Archived.type and not fold.version)
+    if at is NO_MOMENT or not follows:
         raise DatabaseCorrupt(
             f"{fold.task_id} version {version} can't be folded: run `perdure verify`"
         )
@@ -140,6 +142,11 @@ def _fold(
         raise DatabaseCorrupt(
             f"{fold.task_id} version {version} can't be folded ({error}): run `perdure verify`"
         ) from None
+    if fold.version != version:
+        raise DatabaseCorrupt(
+            f"{fold.task_id} version {version} should be version {fold.version}: "
+            "run `perdure verify`"
+        )
 
 
 def _row(fold: TaskFold) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import orjson
 import sqlalchemy as sa
 
-from perdure.errors import TaskNotFound
+from perdure.errors import TaskArchived, TaskNotFound
 from perdure.events import RecordedEvent, Submitted
 from perdure.store.claims import load_blobs
 from perdure.store.content import blob_digests, restore
@@ -64,6 +64,7 @@ class TaskRecord:
     labels: Mapping[str, str]
     files_created: tuple[str, ...]
     tool_calls: tuple[ToolCall, ...] = ()
+    archived: str | None = None
 
     @classmethod
     def of(cls, row: sa.RowMapping) -> TaskRecord:
@@ -206,9 +207,13 @@ class Records:
 
         Raises:
             TaskNotFound: There is none.
+            TaskArchived: It is in an archive.
         """
         first = await self._asked.get(task_id)
         if first is None:
+            record = await self.find(task_id)
+            if record is not None and record.archived is not None:
+                raise TaskArchived(task_id, record.archived)
             raise TaskNotFound(task_id)
         content = await self.content(blob_digests(first.task, first.blobs))
         if first.task.get("prompt") or first.task.get("messages"):

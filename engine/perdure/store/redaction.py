@@ -10,7 +10,7 @@ import orjson
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from perdure.errors import InvalidTransition, TaskNotFound
+from perdure.errors import InvalidTransition, TaskArchived, TaskNotFound
 from perdure.events import Redacted, canonical
 from perdure.store.content import blob_digests
 from perdure.store.schema import blobs, events
@@ -46,11 +46,14 @@ def redact(tx: Transaction, task_id: str, by: str, reason: str | None) -> int:
 
     Raises:
         TaskNotFound: There is no such task.
+        TaskArchived: Its content is in an archive, where it has to be redacted.
         InvalidTransition: The task hasn't ended.
     """
     fold = tx.fold(task_id)
     if fold is None:
         raise TaskNotFound(task_id)
+    if fold.state.archive is not None:
+        raise TaskArchived(task_id, fold.state.archive, "redact")
     if not fold.state.status.ended:
         raise InvalidTransition(f"{task_id} is {fold.state.status}: cancel it before redacting it")
     rows = tx.connection.execute(

@@ -40,6 +40,7 @@ __all__ = [
     "VIEWS",
     "blobs",
     "events",
+    "gaps",
     "log_head",
     "metadata",
     "streams",
@@ -144,6 +145,7 @@ log_head: Final = Table(
     Column("id", Integer, CheckConstraint("id = 1", name="one_row"), primary_key=True),
     Column("position", _BigInt, nullable=False),
     Column("digest", LargeBinary, nullable=False),
+    Column("archive_of", _Name),
 )
 
 streams: Final = Table(
@@ -216,6 +218,7 @@ tasks: Final = Table(
     Column("labels", CanonicalJson, nullable=False),
     Column("files_created", CanonicalJson),
     Column("tool_calls", CanonicalJson),
+    Column("archived", _Name),
 )
 
 
@@ -231,6 +234,15 @@ _partial("tasks_running", "status = 'running'", "worker")
 _partial("tasks_batch", "batch IS NOT NULL", "batch", "status")
 _partial("tasks_unsuccessful", "status IN ('failed', 'cancelled')", "stream_id")
 _partial("tasks_retry_of", "retry_of IS NOT NULL", "retry_of")
+
+# Positions whose events are elsewhere, so that the chain can be walked across them.
+gaps: Final = Table(
+    "gaps",
+    metadata,
+    Column("first_position", _BigInt, primary_key=True, autoincrement=False),
+    Column("last_position", _BigInt, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+)
 
 blobs: Final = Table(
     "blobs",

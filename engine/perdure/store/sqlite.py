@@ -29,6 +29,7 @@ from sqlalchemy.pool import NullPool
 from perdure.errors import DatabaseIncompatible, DatabaseUnavailable, StoreError
 from perdure.store import schema
 from perdure.store.dialect import (
+    ONE_MIGRATION,
     Dialect,
     Writer,
     alembic_config,
@@ -49,6 +50,9 @@ __all__ = ["Sqlite", "SqliteWriter"]
 OLDEST_SQLITE: Final = (3, 35, 0)
 CHECKPOINT_BYTES: Final = 4 * 2**20
 CHECKPOINT_STEP: Final = 2**20
+# Pages that one transaction gives back: writers wait for milliseconds, not for all of them.
+VACUUM_STEP: Final = 2000
+FAIR_PAUSE_SECONDS: Final = 0.003
 ERASING_SECONDS: Final = 2.0
 ERASED_BYTES: Final = 2**16  # a commit or two, of those who came in between
 
@@ -107,7 +111,7 @@ class Sqlite(Dialect):
     def _migrate(self) -> None:
         from alembic import command
 
-        with self.migration() as connection:
+        with ONE_MIGRATION, self.migration() as connection:
             # Under the write lock: of several processes that start at once, one migrates.
             if stored_revision(connection, self.path) != schema.REVISION:
                 command.upgrade(alembic_config(connection), "head")
@@ -276,12 +280,24 @@ class SqliteWriter(Writer):
         Args:
             full: Write the whole file anew, which takes as much space again while it lasts.
         """
-        with _translate(self._path):
-            if full:
+        if full:
+            with _translate(self._path):
                 self._raw.execute("PRAGMA auto_vacuum = INCREMENTAL").close()
-            # Each step of it frees a page, and `execute` would make only the first one.
-            self._raw.executescript("VACUUM" if full else "PRAGMA incremental_vacuum").close()
+                self._raw.execute("VACUUM").close()
+        else:
+            while self._give_back(VACUUM_STEP):
+                self.checkpoint_if_due()
+                time.sleep(FAIR_PAUSE_SECONDS)  # for those who want to write
         self.checkpoint()
+
+    def _give_back(self, pages: int) -> bool:
+        """Give up to so many free pages back; returns whether there is more to give."""
+        with _translate(self._path):
+            before = self._raw.execute("PRAGMA freelist_count").fetchone()[0]
+            # Each step of it frees a page, and `execute` would make only the first one.
+            self._raw.executescript(f"PRAGMA incremental_vacuum({pages})").close()
+            left = self._raw.execute("PRAGMA freelist_count").fetchone()[0]
+        return bool(0 < left < before)
 
     def close(self) -> None:
         """Close everything; the last one to leave copies the WAL back."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -22,10 +22,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from perdure.errors import (
     ConcurrencyError,
     DatabaseCorrupt,
+    DatabaseUnavailable,
     DuplicateKey,
     InvalidTransition,
 )
 from perdure.events import (
+    Archived,
     Chunk,
     EncodedEvent,
     Event,
@@ -36,7 +38,7 @@ from perdure.events import (
     encode,
 )
 from perdure.store.bulk import Bulk
-from perdure.store.projection import REDACTED_COLUMNS, TaskFold
+from perdure.store.projection import TaskFold
 from perdure.store.schema import blobs, events, log_head, streams, tasks
 
 __all__ = ["FoldCache", "Transaction", "chunks_of"]
@@ -51,8 +53,8 @@ _FIND_STREAMS: Final = (
     .order_by(streams.c.task_id)
     .with_for_update()
 )
-_HEAD: Final = sa.select(log_head.c.position, log_head.c.digest).with_for_update()
-_LOOK_AT_HEAD: Final = sa.select(log_head.c.position, log_head.c.digest)
+_HEAD: Final = sa.select(log_head).with_for_update()
+_LOOK_AT_HEAD: Final = sa.select(log_head)
 _MOVE_HEAD: Final = sa.update(log_head).values(
     position=sa.bindparam("to_position"), digest=sa.bindparam("to_digest")
 )
@@ -103,7 +105,6 @@ _FORGET_CONTENT: Final = Bulk(
     ("to_prompt", "to_labels", "of_stream"),
 )
 _COLUMNS: Final = tuple(tasks.c.keys())
-_REDACTED: Final = (REDACTED_COLUMNS["prompt"], REDACTED_COLUMNS["labels"])
 _STREAM_EVENTS: Final = (
     sa.select(
         events.c.version,
@@ -199,6 +200,7 @@ class Transaction:
         self._keys: dict[str, str] = {}
         self._free_keys: set[str] = set()
         self._blobs: dict[str, bytes] = {}
+        self._last: list[Callable[[], None]] = []
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -226,7 +228,7 @@ class Transaction:
         if fold is None or fold.version > version:
             fold = TaskFold(task_id, stream_id)
         if fold.version < version:
-            self._load(fold)
+            fold = self._load(fold)
         if fold.version != version:
             raise DatabaseCorrupt(
                 f"{task_id} should be at version {version}, its events end at {fold.version}: "
@@ -235,13 +237,16 @@ class Transaction:
         self._folds[task_id] = fold
         return fold
 
-    def _load(self, fold: TaskFold) -> None:
+    def _load(self, fold: TaskFold) -> TaskFold:
         # Forgotten first: were something unreadable half way, the fold would be of no version.
         self._cache.drop((fold.task_id,))
         rows = self.connection.execute(
             _STREAM_EVENTS, {"of_stream": fold.stream_id, "after": fold.version}
         )
         for row in rows:
+            if row.type == Archived.type and row.version != fold.version + 1:
+                # What the fold would go on with is in an archive: it begins anew.
+                fold = TaskFold(fold.task_id, fold.stream_id)
             try:
                 fold.apply((decode(row.type, row.schema_version, row.data),), row.recorded_at)
             except InvalidTransition as error:
@@ -249,6 +254,7 @@ class Transaction:
                     f"{fold.task_id} version {row.version} can't be folded ({error}): "
                     "run `perdure verify`"
                 ) from None
+        return fold
 
     # -- staging ---------------------------------------------------------------------------------
 
@@ -319,6 +325,10 @@ class Transaction:
         """Store content by its digest, once."""
         self._blobs.update(new)
 
+    def do_last(self, work: Callable[[], None]) -> None:
+        """Call ``work`` once all events are written, before the commit, where there are any."""
+        self._last.append(work)
+
     # -- writing ---------------------------------------------------------------------------------
 
     @property
@@ -371,6 +381,8 @@ class Transaction:
         _INSERT_EVENT.execute(self.connection, event_rows)
         self._flush_rows()
         self.connection.execute(_MOVE_HEAD, {"to_position": position, "to_digest": digest})
+        for work in self._last:
+            work()
         self.mark = position, digest
         return position, written
 
@@ -378,6 +390,10 @@ class Transaction:
         row = self.connection.execute(statement).one_or_none()
         if row is None:
             raise DatabaseCorrupt("the log has lost its head row: restore a backup")
+        if row.archive_of is not None and any(staged.new for staged in self._staged.values()):
+            raise DatabaseUnavailable(
+                "this database is an archive, and nothing new goes into it: name the log with --db"
+            )
         return int(row.position), bytes(row.digest)
 
     def _flush_rows(self) -> None:
@@ -396,8 +412,9 @@ class Transaction:
                 continue
             row = fold.changing_columns()
             changed.append((*[row[name] for name in _CHANGING], fold.stream_id))
-            if fold.state.redacted:
-                forgotten.append((*_REDACTED, fold.stream_id))
+            left = fold.content_columns()
+            if left is not None:
+                forgotten.append((left["prompt"], left["labels"], fold.stream_id))
         _SET_VERSION.execute(self.connection, known)
         _INSERT_TASK.execute(self.connection, fresh)
         _UPDATE_TASK.execute(self.connection, changed)

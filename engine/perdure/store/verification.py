@@ -13,10 +13,11 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from perdure.errors import PerdureError
-from perdure.events import EVENT_TYPES, Redacted, chain_digest, decode
+from perdure.events import EVENT_TYPES, Archived, Redacted, chain_digest, decode
 from perdure.store import scanning
 from perdure.store.bulk import plain_rows
 from perdure.store.content import blob_digests, digest_of
+from perdure.store.gaps import Gap, each_gap
 from perdure.store.scanning import RECORDED_AT, UNREADABLE, Progress, as_stored
 from perdure.store.schema import blobs, events, log_head, streams
 from perdure.text import one_line
@@ -34,6 +35,10 @@ class VerifyReport:
         events: How many events were read.
         tasks: How many streams there are.
         redacted: How many of the events have had content removed by `redact`.
+        archived: How many events are in archives, and were not looked at.
+        archive_of: Where this database is an archive: the POSITION:DIGEST of the log, when it was
+            made. That no task is missing from an archive, only that log can tell.
+        hidden: Whether the expected position is among those that are not here.
         position: The head of the log.
         digest: The head's digest, in hexadecimal. Kept somewhere else, it lets a later `verify`
             notice that the end of the log was cut off or all of it written anew.
@@ -43,6 +48,9 @@ class VerifyReport:
     events: int = 0
     tasks: int = 0
     redacted: int = 0
+    archived: int = 0
+    archive_of: str | None = None
+    hidden: bool = False
     position: int = 0
     digest: str = ""
     problems: list[str] = field(default_factory=list[str])
@@ -73,7 +81,7 @@ def verify(
     """
     report = VerifyReport()
     head = _verify_head(connection, report)
-    walk = _Walk(report)
+    walk = _Walk(report, each_gap(connection), expect)
     for row in _each_event(connection):
         report.events += 1
         try:
@@ -95,13 +103,16 @@ def verify(
 def _verify_head(connection: Connection, report: VerifyReport) -> bytes:
     """Note the log's head in the report; returns its digest."""
     heads = connection.execute(
-        sa.select(log_head.c.id, log_head.c.position, as_stored(log_head.c.digest))
+        sa.select(
+            *(log_head.c.id, log_head.c.position),
+            *(as_stored(log_head.c.digest), log_head.c.archive_of),
+        )
     ).all()
     if len(heads) != 1:
         lost = "the log has lost its head row"
         report.problem(f"the log has {len(heads)} head rows" if heads else lost)
         return b""
-    ((row_id, position, digest),) = heads
+    ((row_id, position, digest, report.archive_of),) = heads
     if row_id != 1 or not isinstance(position, int) or not isinstance(digest, bytes):
         report.problem("the log's head row is unreadable")
         return b""
@@ -127,9 +138,15 @@ _EventRow: TypeAlias = tuple[int, int, int, str, int, str, datetime, Any, Any]
 class _Walk:
     """The state of a walk along the chain."""
 
-    def __init__(self, report: VerifyReport) -> None:
+    def __init__(
+        self, report: VerifyReport, gaps: Iterator[Gap], expect: tuple[int, str] | None
+    ) -> None:
         self.versions: dict[str, int] = {}
         self._report = report
+        self._gaps = gaps
+        self._gap = next(gaps, None)
+        self._missing = 0
+        self._expect = expect
         self._position = 0
         self.digest = b""
         self.blobs: set[str] = set()
@@ -140,22 +157,25 @@ class _Walk:
         position, stream_id, number, type_, schema_version, text, at, kept, task_id = row
         where = _Where(position, task_id, number)
         stored = kept if isinstance(kept, bytes) else b""
+        if position != self._position + 1 or self._gap is not None:
+            self._jump(position)
         # On with what is stored, so that one change is one problem and not one at every event.
         previous, self.digest = self.digest, stored
-        if position != self._position + 1:
-            report.problem(f"position {position}: position {self._position + 1} was expected")
         self._position = position
         if task_id is None:
             report.problem(f"position {position}: its stream is missing")
             return
-        version = self.versions[task_id] = self.versions.get(task_id, 0) + 1
+        data = text.encode(errors="surrogateescape")
+        version = self.versions.get(task_id, 0) + 1
+        if type_ == Archived.type:
+            version = self._archived(data, schema_version, stream_id, version, where)
+        self.versions[task_id] = version
         if number != version:
             report.problem(f"{where}: version {version} was expected")
         if version == 1 and stream_id != position:
             report.problem(f"{where}: its stream's key is {stream_id}")
         if type_ not in EVENT_TYPES:
             report.problem(f"{where}: {type_!r} is no type of event")
-        data = text.encode(errors="surrogateescape")
         digest = chain_digest(
             previous,
             position,
@@ -172,6 +192,45 @@ class _Walk:
             self._note_blobs(data)
         if type_ == Redacted.type:
             self._accept_tombstones(task_id, data, where)
+
+    def _jump(self, position: int) -> None:
+        """Go on at ``position``, across the gap before it where there is one."""
+        report = self._report
+        expected = self._position + 1
+        while self._gap is not None and self._gap.first < expected:
+            report.problem(f"gap at {self._gap.first}: its events are there")
+            self._gap = next(self._gaps, None)
+        if position == expected:
+            return
+        if self._gap is None or self._gap[:2] != (expected, position - 1):
+            report.problem(f"position {position}: position {expected} was expected")
+            return
+        self._missing += position - expected
+        self.digest = self._gap.digest
+        if self._expect is not None and expected <= self._expect[0] < position:
+            report.hidden = True
+            if self._expect == (position - 1, self.digest.hex()):
+                report.hidden = False  # the next event's digest vouches for it
+        self._gap = next(self._gaps, None)
+
+    def _archived(
+        self, data: bytes, schema_version: int, stream_id: int, version: int, where: _Where
+    ) -> int:
+        """Take the note that the events before it were moved; returns the version it must have."""
+        try:
+            noted = decode(Archived.type, schema_version, data)
+        except PerdureError:
+            self._report.problem(f"{where}: its data is unreadable")
+            return version
+        if not isinstance(noted, Archived):
+            return version
+        if version > 1:
+            self._report.problem(f"{where}: it was archived, and its events are there")
+            return version
+        if stream_id != noted.position:
+            self._report.problem(f"{where}: its stream's key is {stream_id}")
+        self._report.archived += noted.events
+        return noted.events + 1
 
     def _data_digest(self, where: _Where, data: bytes) -> bytes:
         """Return the digest of the data as it was when it was written."""
@@ -214,6 +273,17 @@ class _Walk:
             )
         elif self.digest != digest:
             self._report.problem("the head's digest is not that of the last event")
+        while self._gap is not None:
+            self._report.problem(f"gap at {self._gap.first}: nothing comes after it")
+            self._gap = next(self._gaps, None)
+        if self._report.archive_of is None:
+            accounted, by = self._report.archived, "`archived` events account for"
+        else:  # it is the other way round: what is missing here is in the log
+            accounted, by = self._missing, "it is an archive itself, and says that it archived"
+        if self._missing != accounted or (self._report.archive_of and self._report.archived):
+            self._report.problem(
+                f"{self._missing} events are missing in gaps; {by} {self._report.archived}"
+            )
         for task_id, version in self._tombstones:
             self._report.problem(
                 f"{task_id} version {version}: content was removed without a redaction"

@@ -1,0 +1,163 @@
+"""Holding an archive against the log that it was taken from.
+
+The archive's own chain shows that its events are what was written; that they are those of this log,
+and all of them, the log's `archived` events show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from perdure.errors import PerdureError
+from perdure.events import Archived, decode
+from perdure.store.database import Database
+from perdure.store.rebuilding import compare
+from perdure.store.scanning import Progress, as_stored
+from perdure.store.schema import events, streams, tasks
+from perdure.store.verification import VerifyReport, verify
+
+__all__ = ["ArchiveCheck", "check_archive"]
+
+_PAGE: Final = 500
+
+
+@dataclass(slots=True)
+class ArchiveCheck:
+    """What came of holding an archive against its log.
+
+    Attributes:
+        tasks: How many tasks the log says are in it, and are.
+        events: How many events those have.
+        wrong: How many are there, and aren't what was archived.
+        has_expected: Whether the expected digest stands in one of these.
+        problems: What is wrong, a line each.
+    """
+
+    tasks: int = 0
+    events: int = 0
+    wrong: int = 0
+    has_expected: bool = False
+    problems: list[str] = field(default_factory=list[str])
+
+
+def check_archive(
+    log: Connection,
+    file: Path,
+    expect: tuple[int, str] | None = None,
+    progress: Progress | None = None,
+) -> ArchiveCheck:
+    """Verify an archive, and each of its tasks against what the log says of it. Blocking.
+
+    Args:
+        log: A connection to the log.
+        file: The archive.
+        expect: A position and the digest that must stand there, if it is in this archive.
+        progress: Called with events read and events in all.
+
+    Raises:
+        StoreError: The archive can't be read.
+    """
+    found = ArchiveCheck()
+    archive = Database(file)
+    archive.prepare(create=False, upgrade=False)
+    with archive.snapshot() as inside:
+        own = verify(inside, progress=progress)
+        _verify_itself(inside, own)
+        found.problems += own.problems
+        last = 0
+        while True:
+            page = inside.execute(
+                sa.select(streams)
+                .where(streams.c.stream_id > last)
+                .order_by(streams.c.stream_id)
+                .limit(_PAGE)
+            ).all()
+            _check_page(log, inside, file.name, page, expect, found)
+            if len(page) < _PAGE:
+                break
+            last = page[-1].stream_id
+    named = sa.select(sa.func.count()).where(tasks.c.archived == file.name)
+    missing = log.execute(named).scalar_one() - found.tasks - found.wrong
+    if not found.tasks and not found.wrong and not missing:
+        found.problems.append(f"the log knows no archive of the name {file.name}")
+    elif missing:
+        found.problems.append(f"tasks that the log says are in it are not: {missing}")
+    return found
+
+
+def _verify_itself(inside: Connection, own: VerifyReport) -> None:
+    if own.archive_of is None:
+        own.problem("it is no archive")
+    try:
+        differed = compare(inside).differed
+    except PerdureError as error:
+        own.problem(str(error))
+        return
+    if differed:
+        own.problem(f"`tasks` differs from its events in {differed} rows")
+
+
+def _check_page(
+    log: Connection,
+    inside: Connection,
+    name: str,
+    page: Sequence[sa.Row[*tuple[int, str, int]]],
+    expect: tuple[int, str] | None,
+    found: ArchiveCheck,
+) -> None:
+    ids = {row[1]: row[0] for row in page}
+    known = set(log.scalars(sa.select(streams.c.task_id).where(streams.c.task_id.in_(ids))))
+    notes = _notes(log, list(ids))
+    digests: dict[int, list[tuple[int, bytes]]] = {key: [] for key in ids.values()}
+    for row in inside.execute(
+        sa.select(events.c.stream_id, events.c.position, as_stored(events.c.digest))
+        .where(events.c.stream_id.in_(digests))
+        .order_by(events.c.stream_id, events.c.version)
+    ):
+        digest = row.digest if isinstance(row.digest, bytes) else b""
+        digests[row.stream_id].append((row.position, digest))
+    for task_id, stream_id in ids.items():
+        note = notes.get(task_id)
+        if note is None:  # as after an interruption: it was copied, and is still in the log
+            if task_id not in known:
+                found.problems.append(f"{task_id}: the log doesn't know it")
+            continue
+        moved = digests[stream_id][: note.events]
+        found_digest = hashlib.sha256(b"".join(one for _, one in moved)).hexdigest()
+        if found_digest != note.digest or stream_id != note.position:
+            # One that was changed after it was copied went into a later archive as it was then.
+            if note.archive == name:
+                found.wrong += 1
+                found.problems.append(f"{task_id}: it is not what the log says was archived")
+            continue
+        if expect is not None and expect[0] in dict(moved):
+            found.has_expected = True
+            if dict(moved)[expect[0]].hex() != expect[1]:
+                found.problems.append(f"position {expect[0]}: its digest is not the one expected")
+        if note.archive == name:
+            found.tasks += 1
+            found.events += note.events
+
+
+def _notes(log: Connection, task_ids: list[str]) -> dict[str, Archived]:
+    """Return what the log says of those tasks that are archived."""
+    rows = log.execute(
+        sa.select(streams.c.task_id, events.c.schema_version, events.c.data)
+        .join_from(
+            streams,
+            events,
+            sa.and_(
+                events.c.stream_id == streams.c.stream_id, events.c.version == streams.c.version
+            ),
+        )
+        .where(streams.c.task_id.in_(task_ids), events.c.type == Archived.type)
+    )
+    notes = {row.task_id: decode(Archived.type, row.schema_version, row.data) for row in rows}
+    return {task_id: note for task_id, note in notes.items() if isinstance(note, Archived)}
