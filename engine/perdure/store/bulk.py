@@ -34,7 +34,7 @@ def plain_rows(
                 processors.append((index, process))
         cursor = result.cursor
         while cursor is not None and (rows := cursor.fetchmany(size)):
-            yield from (_processed(row, processors) for row in rows) if processors else rows
+            yield from [_processed(row, processors) for row in rows] if processors else rows
     finally:
         result.close()
 
@@ -61,13 +61,25 @@ class Bulk:
 
     def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
         """Execute the statement once for each row; without rows nothing happens."""
-        if not rows:
-            return
-        compiled = self._compiled.get(connection.dialect.name)
+        if rows:
+            self.execute_bound(connection, self.bound(connection.dialect, rows))
+
+    def execute_bound(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
+        """Execute the statement once for each row that `bound` has returned."""
+        if rows:
+            compiled = self._compiled_for(connection.dialect)
+            connection.exec_driver_sql(compiled.sql, compiled.parameters(rows))
+
+    def bound(self, dialect: Dialect, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+        """Return the rows as the driver would get them, values in the order of the names."""
+        return self._compiled_for(dialect).bound(rows)
+
+    def _compiled_for(self, dialect: Dialect) -> _Compiled:
+        compiled = self._compiled.get(dialect.name)
         if compiled is None:
-            compiled = _Compiled(self._statement, self._names, connection.dialect)
-            self._compiled[connection.dialect.name] = compiled
-        connection.exec_driver_sql(compiled.sql, compiled.parameters(rows))
+            compiled = _Compiled(self._statement, self._names, dialect)
+            self._compiled[dialect.name] = compiled
+        return compiled
 
 
 class _Compiled:
@@ -91,12 +103,16 @@ class _Compiled:
                 processors.append((index, process))
         self._processors = processors
 
-    def parameters(self, rows: Sequence[Sequence[Any]]) -> Any:  # noqa: ANN401 - tuples or dicts
+    def bound(self, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
         processors = self._processors
-        processed = [_processed(row, processors) for row in rows] if processors else rows
+        if processors:
+            return [_processed(row, processors) for row in rows]
+        return [tuple(row) for row in rows]
+
+    def parameters(self, bound: Sequence[Sequence[Any]]) -> Any:  # noqa: ANN401 - tuples or dicts
         if self._names is not None:
-            return [dict(zip(self._names, row, strict=True)) for row in processed]
+            return [dict(zip(self._names, row, strict=True)) for row in bound]
         order = self._order
         if order is not None:
-            return [tuple([row[index] for index in order]) for row in processed]
-        return processed if processors else [tuple(row) for row in rows]
+            return [tuple([row[index] for index in order]) for row in bound]
+        return bound

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from perdure.events import Chunk, Event, Redacted, Running, Submitted, canonical
-from perdure.lifecycle import TaskState, evolve
+from perdure.lifecycle import TaskState, evolve, extend
 from perdure.task import TaskStatus
 from perdure.text import check_json
 
@@ -71,6 +71,15 @@ class TaskFold:
         self._state = state
         for event in events:
             self._keep(event)
+
+    def apply_text(self, pieces: Sequence[tuple[int, str]]) -> None:
+        """Fold in chunks of text, offset and text of each: all of them or, on an error, nothing.
+
+        Raises:
+            InvalidTransition: One of them can't follow.
+        """
+        self._state = extend(self.state, pieces)
+        self._text.extend([text for _offset, text in pieces])
 
     def _keep(self, event: Event) -> None:
         if isinstance(event, Chunk):
