@@ -375,7 +375,7 @@ _INDEX: Final = {name: index for index, name in enumerate(TaskState._fields)}
 
 
 def _known(usage: Usage) -> Usage | None:
-    return None if usage == _NO_USAGE else usage
+    return None if usage is _NO_USAGE or usage == _NO_USAGE else usage
 
 
 _Step = Callable[[TaskState, Any, datetime], TaskState]

@@ -234,7 +234,7 @@ def _take_text(fold: TaskFold, text: list[tuple[int, str]], at: datetime) -> Non
 
 def _take(fold: TaskFold, event: Event, at: datetime) -> None:
     try:
-        fold.apply((event,), at)
+        fold.apply_one(event, at)
     except (InvalidTransition, *UNREADABLE) as error:
         raise DatabaseCorrupt(
             f"{fold.task_id} version {fold.version + 1} can't be folded ({error}): "

@@ -243,7 +243,7 @@ class Transaction:
         )
         for row in rows:
             try:
-                fold.apply((decode(row.type, row.schema_version, row.data),), row.recorded_at)
+                fold.apply_one(decode(row.type, row.schema_version, row.data), row.recorded_at)
             except InvalidTransition as error:
                 raise DatabaseCorrupt(
                     f"{fold.task_id} version {row.version} can't be folded ({error}): "
