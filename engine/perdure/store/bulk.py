@@ -17,6 +17,9 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 __all__ = ["Bulk", "plain_rows"]
 
+# With the columns of `tasks`, far below the number of parameters a statement may have.
+MOST_TOGETHER: Final = 64
+
 Processor = Callable[[Any], Any]
 
 
@@ -67,8 +70,8 @@ class Bulk:
     def execute_bound(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
         """Execute the statement once for each row that `bound` has returned."""
         if rows:
-            compiled = self._compiled_for(connection.dialect)
-            connection.exec_driver_sql(compiled.sql, compiled.parameters(rows))
+            for sql, parameters in self._compiled_for(connection.dialect).calls(rows):
+                connection.exec_driver_sql(sql, parameters)
 
     def bound(self, dialect: Dialect, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
         """Return the rows as the driver would get them, values in the order of the names."""
@@ -102,6 +105,13 @@ class _Compiled:
             if process is not None:
                 processors.append((index, process))
         self._processors = processors
+        # SQLite's driver gives other threads a turn at each row of an executemany, and then has to
+        # wait for its own: where the event loop is busy, for milliseconds. So an INSERT takes many
+        # rows at once, in powers of two, so that there are few statements to prepare.
+        group = f"({', '.join('?' * len(names))})"
+        single = compiled.positional and self.sql.count(group) == 1
+        self._group = group if single and isinstance(statement, sa.Insert) else None
+        self._sql_of: dict[int, str] = {}
 
     def bound(self, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
         processors = self._processors
@@ -109,10 +119,28 @@ class _Compiled:
             return [_processed(row, processors) for row in rows]
         return [tuple(row) for row in rows]
 
-    def parameters(self, bound: Sequence[Sequence[Any]]) -> Any:  # noqa: ANN401 - tuples or dicts
+    def calls(self, rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
+        """Yield SQL and parameters, as often as it takes to execute it for all these rows."""
         if self._names is not None:
-            return [dict(zip(self._names, row, strict=True)) for row in bound]
+            yield self.sql, [dict(zip(self._names, row, strict=True)) for row in rows]
+            return
         order = self._order
         if order is not None:
-            return [tuple([row[index] for index in order]) for row in bound]
-        return bound
+            rows = [tuple([row[index] for index in order]) for row in rows]
+        if self._group is None:
+            yield self.sql, list(rows)
+            return
+        begin = 0
+        while begin < len(rows):
+            size = min(MOST_TOGETHER, 1 << (len(rows) - begin).bit_length() - 1)
+            part = rows[begin : begin + size]
+            yield self._together(size), tuple([value for row in part for value in row])
+            begin += size
+
+    def _together(self, size: int) -> str:
+        sql = self._sql_of.get(size)
+        if sql is None:
+            assert self._group is not None  # noqa: S101 - the caller has looked
+            sql = self.sql.replace(self._group, ", ".join([self._group] * size))
+            self._sql_of[size] = sql
+        return sql
