@@ -273,12 +273,16 @@ class Engine:
             TimeoutError: It hasn't ended in that time.
         """
         with self.log.feed.ending(task_id) as ended:
-            record = await self.get_task(task_id)
-            if not record.status.ended:
+            if self.log.feed.knows_open(task_id):
+                status = TaskStatus.PENDING  # or running by now: not over in any case
+            else:
+                status = await self._records.status(task_id)
+            if status is TaskStatus.UNKNOWN:
+                raise TaskNotFound(task_id)
+            if not status.ended:
                 async with asyncio.timeout(timeout):
                     await ended
-                record = await self.get_task(task_id)
-        return make_result(record, await self._records.task(task_id))
+        return make_result(*await self._records.both(task_id))
 
     async def stream_result(
         self, task_id: str, from_version: int = 0

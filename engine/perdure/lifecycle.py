@@ -15,7 +15,7 @@ again, so what is in the log can always be folded. What may follow what::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, cast
@@ -42,7 +42,7 @@ from perdure.events import (
 )
 from perdure.task import TaskStatus, Usage
 
-__all__ = ["TaskState", "evolve"]
+__all__ = ["TaskState", "evolve", "extend"]
 
 _NOTHING: Final[Mapping[ChunkKind, int]] = MappingProxyType({})
 
@@ -168,6 +168,29 @@ def evolve(state: TaskState | None, event: Event, at: datetime) -> TaskState:
     return step(state, event, at)
 
 
+def extend(state: TaskState, pieces: Sequence[tuple[int, str]]) -> TaskState:
+    """Return the state after chunks of text, one a piece, as `evolve` does one by one.
+
+    In one step, since they are most of all events, and a state is a large thing to make anew.
+
+    Args:
+        state: The state before.
+        pieces: Offset and text of each.
+
+    Raises:
+        InvalidTransition: One of them can't follow what was before.
+    """
+    if state.status not in _RUNNING:
+        raise InvalidTransition(f"'chunk' can't follow: the task is {state.status}")
+    length = state.length()
+    for offset, text in pieces:
+        if offset != length:
+            raise InvalidTransition(f"a chunk of text at {offset} can't follow {length} characters")
+        length += len(text)
+    lengths = {**state.lengths, "text": length}
+    return _changed(state, version=state.version + len(pieces), lengths=lengths)
+
+
 def _running(state: TaskState, event: Running, at: datetime) -> TaskState:
     if event.attempt != state.attempt + 1:
         raise InvalidTransition(f"attempt {event.attempt} can't follow attempt {state.attempt}")
@@ -176,7 +199,8 @@ def _running(state: TaskState, event: Running, at: datetime) -> TaskState:
     same_call = event.mode == "reattach"
     if same_call and (state.accepted is None or not state.accepted.reattachable):
         raise InvalidTransition("there is nothing to re-attach to")
-    return state._replace(
+    return _changed(
+        state,
         version=state.version + 1,
         status=TaskStatus.RUNNING,
         attempt=event.attempt,
@@ -196,7 +220,8 @@ def _running(state: TaskState, event: Running, at: datetime) -> TaskState:
 
 
 def _accepted(state: TaskState, event: Accepted, at: datetime) -> TaskState:
-    return state._replace(
+    return _changed(
+        state,
         version=state.version + 1,
         accepted=event,
         model=event.model or state.model,
@@ -222,12 +247,12 @@ def _chunk(state: TaskState, event: Chunk, at: datetime) -> TaskState:
 
 
 def _usage(state: TaskState, event: UsageReported, at: datetime) -> TaskState:
-    return state._replace(version=state.version + 1, usage=event.usage)
+    return _changed(state, version=state.version + 1, usage=event.usage)
 
 
 def _file_created(state: TaskState, event: FileCreated, at: datetime) -> TaskState:
     files = state.files if event.path in state.files else (*state.files, event.path)
-    return state._replace(version=state.version + 1, files=files)
+    return _changed(state, version=state.version + 1, files=files)
 
 
 def _attempt_failed(state: TaskState, event: AttemptFailed, at: datetime) -> TaskState:
@@ -243,9 +268,11 @@ def _attempt_failed(state: TaskState, event: AttemptFailed, at: datetime) -> Tas
     if fallback:
         platform = state.platforms[state.platforms.index(platform) + 1]
     # A call that goes on is paid for when it ends.
-    paid = state if same_call else _paid(state, event.usage, event.cost_usd)
+    paid = {} if same_call else _paid(state, event.usage, event.cost_usd)
     repairing = event.next == "repair"
-    return paid._replace(
+    return _changed(
+        state,
+        **paid,
         version=state.version + 1,
         status=TaskStatus.PENDING,
         platform=platform,
@@ -266,8 +293,10 @@ def _interrupted(state: TaskState, event: Interrupted, at: datetime) -> TaskStat
         raise InvalidTransition(f"{event.worker} does not own attempt {state.attempt}")
     # A call that goes on is paid for when it ends.
     same_call = event.next == "reattach"
-    paid = state if same_call else _paid(state, event.usage, event.cost_usd)
-    return paid._replace(
+    paid = {} if same_call else _paid(state, event.usage, event.cost_usd)
+    return _changed(
+        state,
+        **paid,
         version=state.version + 1,
         status=TaskStatus.PENDING,
         worker=None,
@@ -280,7 +309,7 @@ def _interrupted(state: TaskState, event: Interrupted, at: datetime) -> TaskStat
 def _cancel_requested(state: TaskState, event: CancelRequested, at: datetime) -> TaskState:
     if state.cancel is not None:
         raise InvalidTransition("'cancel_requested' can't follow: it was requested before")
-    return state._replace(version=state.version + 1, cancel=event)
+    return _changed(state, version=state.version + 1, cancel=event)
 
 
 def _completed(state: TaskState, event: Completed, at: datetime) -> TaskState:
@@ -288,7 +317,9 @@ def _completed(state: TaskState, event: Completed, at: datetime) -> TaskState:
         raise InvalidTransition(
             f"'completed' with {event.output_length} characters can't follow {state.length()}"
         )
-    return _end(state, event.usage, event.cost_usd, at)._replace(
+    return _changed(
+        state,
+        **_ended(state, event.usage, event.cost_usd, at),
         status=TaskStatus.COMPLETED,
         finish_reason=event.finish_reason,
         error_class=None,
@@ -297,7 +328,9 @@ def _completed(state: TaskState, event: Completed, at: datetime) -> TaskState:
 
 
 def _failed(state: TaskState, event: Failed, at: datetime) -> TaskState:
-    return _end(state, event.usage, event.cost_usd, at)._replace(
+    return _changed(
+        state,
+        **_ended(state, event.usage, event.cost_usd, at),
         status=TaskStatus.FAILED,
         error_class=event.error_class,
         error=event.message,
@@ -305,12 +338,13 @@ def _failed(state: TaskState, event: Failed, at: datetime) -> TaskState:
 
 
 def _cancelled(state: TaskState, event: Cancelled, at: datetime) -> TaskState:
-    return _end(state, event.usage, event.cost_usd, at)._replace(status=TaskStatus.CANCELLED)
+    ended = _ended(state, event.usage, event.cost_usd, at)
+    return _changed(state, **ended, status=TaskStatus.CANCELLED)
 
 
 def _redacted(state: TaskState, event: Redacted, at: datetime) -> TaskState:
     _refuse_archived(state, event)
-    return state._replace(version=state.version + 1, redacted=True, error=None, files=())
+    return _changed(state, version=state.version + 1, redacted=True, error=None, files=())
 
 
 def _archived(state: TaskState, event: Archived, at: datetime) -> TaskState:
@@ -359,20 +393,23 @@ def _from_archived(event: Archived) -> TaskState:
     )
 
 
-def _end(state: TaskState, usage: Usage | None, cost: float | None, at: datetime) -> TaskState:
+def _ended(
+    state: TaskState, usage: Usage | None, cost: float | None, at: datetime
+) -> dict[str, object]:
+    """Return what every ending changes."""
     # A pending task's attempts are paid for, but for a call that was to be picked up again.
     open_ = state.status is TaskStatus.RUNNING or state.next_mode == "reattach"
-    paid = _paid(state, usage, cost) if open_ else state
-    return paid._replace(version=state.version + 1, worker=None, ended_at=at)
+    paid = _paid(state, usage, cost) if open_ else {}
+    return {**paid, "version": state.version + 1, "worker": None, "ended_at": at}
 
 
-def _paid(state: TaskState, usage: Usage | None, cost: float | None) -> TaskState:
-    """Return the state with the present attempt's tokens and price settled."""
+def _paid(state: TaskState, usage: Usage | None, cost: float | None) -> dict[str, object]:
+    """Return what changes when the present attempt's tokens and price are settled."""
     usage = usage or state.usage
     if cost is not None:
-        return state._replace(usage=usage, cost_usd=(state.cost_usd or 0.0) + cost)
+        return {"usage": usage, "cost_usd": (state.cost_usd or 0.0) + cost}
     unpriced = usage is not None and usage.total_tokens is not None
-    return state._replace(usage=usage, unpriced=state.unpriced or unpriced)
+    return {"usage": usage, "unpriced": state.unpriced or unpriced}
 
 
 def _changed(state: TaskState, **changes: object) -> TaskState:
@@ -391,7 +428,7 @@ _INDEX: Final = {name: index for index, name in enumerate(TaskState._fields)}
 
 
 def _known(usage: Usage) -> Usage | None:
-    return None if usage == _NO_USAGE else usage
+    return None if usage is _NO_USAGE or usage == _NO_USAGE else usage
 
 
 _Step = Callable[[TaskState, Any, datetime], TaskState]

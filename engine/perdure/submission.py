@@ -68,7 +68,9 @@ def prepare(task: Task, platforms: Platforms, default_platform: str | None) -> P
         attachment, data = _attach(Path(file))
         files.append(attachment)
         content[attachment.digest] = data
-    plain, places, texts = separate(task.model_copy(update={"files": tuple(files)}))
+    if files:
+        task = task.model_copy(update={"files": tuple(files)})
+    plain, places, texts = separate(task)
     return Prepared(
         task_id=task.task_id or generate_task_id(platform),
         given_id=task.task_id is not None,

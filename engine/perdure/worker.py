@@ -305,11 +305,11 @@ class Worker:
         needed = blob_digests(submitted.task, submitted.blobs)
         content = await claims.load_blobs(self._database, sorted(needed)) if needed else {}
         try:
-            task = restore(submitted.task, submitted.blobs, content)
+            task = restore(submitted.task, submitted.blobs, content, claimed.task_id)
         except PerdureError as error:
             raise InvalidRequest(f"the task can't be read any more: {error}") from None
         return Call(
-            task=task.model_copy(update={"task_id": claimed.task_id}),
+            task=task,
             task_id=claimed.task_id,
             attempt=claimed.state.attempt,
             model=claimed.state.model,

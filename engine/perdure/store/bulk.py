@@ -17,6 +17,9 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 __all__ = ["Bulk", "plain_rows"]
 
+# With the columns of `tasks`, far below the number of parameters a statement may have.
+MOST_TOGETHER: Final = 64
+
 Processor = Callable[[Any], Any]
 
 
@@ -34,7 +37,7 @@ def plain_rows(
                 processors.append((index, process))
         cursor = result.cursor
         while cursor is not None and (rows := cursor.fetchmany(size)):
-            yield from (_processed(row, processors) for row in rows) if processors else rows
+            yield from [_processed(row, processors) for row in rows] if processors else rows
     finally:
         result.close()
 
@@ -61,13 +64,25 @@ class Bulk:
 
     def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
         """Execute the statement once for each row; without rows nothing happens."""
-        if not rows:
-            return
-        compiled = self._compiled.get(connection.dialect.name)
+        if rows:
+            self.execute_bound(connection, self.bound(connection.dialect, rows))
+
+    def execute_bound(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
+        """Execute the statement once for each row that `bound` has returned."""
+        if rows:
+            for sql, parameters in self._compiled_for(connection.dialect).calls(rows):
+                connection.exec_driver_sql(sql, parameters)
+
+    def bound(self, dialect: Dialect, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+        """Return the rows as the driver would get them, values in the order of the names."""
+        return self._compiled_for(dialect).bound(rows)
+
+    def _compiled_for(self, dialect: Dialect) -> _Compiled:
+        compiled = self._compiled.get(dialect.name)
         if compiled is None:
-            compiled = _Compiled(self._statement, self._names, connection.dialect)
-            self._compiled[connection.dialect.name] = compiled
-        connection.exec_driver_sql(compiled.sql, compiled.parameters(rows))
+            compiled = _Compiled(self._statement, self._names, dialect)
+            self._compiled[dialect.name] = compiled
+        return compiled
 
 
 class _Compiled:
@@ -90,13 +105,42 @@ class _Compiled:
             if process is not None:
                 processors.append((index, process))
         self._processors = processors
+        # SQLite's driver gives other threads a turn at each row of an executemany, and then has to
+        # wait for its own: where the event loop is busy, for milliseconds. So an INSERT takes many
+        # rows at once, in powers of two, so that there are few statements to prepare.
+        group = f"({', '.join('?' * len(names))})"
+        single = compiled.positional and self.sql.count(group) == 1
+        self._group = group if single and isinstance(statement, sa.Insert) else None
+        self._sql_of: dict[int, str] = {}
 
-    def parameters(self, rows: Sequence[Sequence[Any]]) -> Any:  # noqa: ANN401 - tuples or dicts
+    def bound(self, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
         processors = self._processors
-        processed = [_processed(row, processors) for row in rows] if processors else rows
+        if processors:
+            return [_processed(row, processors) for row in rows]
+        return [tuple(row) for row in rows]
+
+    def calls(self, rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
+        """Yield SQL and parameters, as often as it takes to execute it for all these rows."""
         if self._names is not None:
-            return [dict(zip(self._names, row, strict=True)) for row in processed]
+            yield self.sql, [dict(zip(self._names, row, strict=True)) for row in rows]
+            return
         order = self._order
         if order is not None:
-            return [tuple([row[index] for index in order]) for row in processed]
-        return processed if processors else [tuple(row) for row in rows]
+            rows = [tuple([row[index] for index in order]) for row in rows]
+        if self._group is None:
+            yield self.sql, list(rows)
+            return
+        begin = 0
+        while begin < len(rows):
+            size = min(MOST_TOGETHER, 1 << (len(rows) - begin).bit_length() - 1)
+            part = rows[begin : begin + size]
+            yield self._together(size), tuple([value for row in part for value in row])
+            begin += size
+
+    def _together(self, size: int) -> str:
+        sql = self._sql_of.get(size)
+        if sql is None:
+            assert self._group is not None  # noqa: S101 - the caller has looked
+            sql = self.sql.replace(self._group, ", ".join([self._group] * size))
+            self._sql_of[size] = sql
+        return sql

@@ -42,14 +42,19 @@ def separate(task: Task) -> tuple[dict[str, Any], dict[str, str], dict[str, byte
 
 
 def restore(
-    plain: Mapping[str, Any], places: Mapping[str, str], content: Mapping[str, bytes]
+    plain: Mapping[str, Any],
+    places: Mapping[str, str],
+    content: Mapping[str, bytes],
+    task_id: str | None = None,
 ) -> Task:
-    """Return the task that `separate` took apart.
+    """Return the task that `separate` took apart, with its id where that is given.
 
     Raises:
         InvalidTask: Some of its content isn't there any more.
     """
     data: dict[str, Any] = {**plain}
+    if task_id is not None:
+        data["task_id"] = task_id
     if "messages" in data:
         data["messages"] = [dict(message) for message in data["messages"]]
     if "context" in data:

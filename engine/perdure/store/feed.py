@@ -31,6 +31,8 @@ PAGE: Final = 500
 MAILBOX: Final = 2000
 # With more streams than that to follow, naming them all costs more than looking at every event.
 MOST_NAMED: Final = 200
+# Streams that are known to be open; others are looked up.
+MOST_OPEN: Final = 10_000
 # For what is being fetched when the log is closed: by a database that is gone, never.
 CATCH_UP_SECONDS: Final = 2.0
 
@@ -63,6 +65,7 @@ class Feed:
         self._database = database
         self._listeners: dict[str, list[Listener]] = {}
         self._seen = 0
+        self._open: set[str] = set()  # begun here, and not ended at `_seen`
         self._fetching: asyncio.Task[None] | None = None
         self._stale = False
         self._unheard = False  # others committed something while nobody listened
@@ -78,6 +81,14 @@ class Feed:
     def start(self, position: int) -> None:
         """Begin after ``position``, the head of the log at this moment."""
         self._seen = position
+
+    def knows_open(self, task_id: str) -> bool:
+        """Return whether a stream had not ended as far as was seen; False where that isn't known.
+
+        Who listens already is told of its end, if it has come since. A task's submission and its
+        end mostly pass by here, so whoever waits for it need not look it up.
+        """
+        return task_id in self._open
 
     # -- listening -------------------------------------------------------------------------------
 
@@ -184,16 +195,26 @@ class Feed:
 
     def publish(self, committed: Sequence[RecordedEvent], first: int, last: int) -> None:
         """Take what this process has committed, at the positions from ``first`` to ``last``."""
-        if not self._listeners:
-            self._seen = max(self._seen, last)
-        elif self._fetching is None and self._seen == first - 1:
+        if self._fetching is None and self._seen == first - 1:
             self._seen = last
+            self._note_open(committed)
             self._deliver(committed)
+        elif not self._listeners:
+            self._open.clear()  # others have written what was not seen
+            self._seen = max(self._seen, last)
         else:
             self._fetch()
 
+    def _note_open(self, committed: Sequence[RecordedEvent]) -> None:
+        for recorded in committed:
+            if recorded.version == 1 and len(self._open) < MOST_OPEN:
+                self._open.add(recorded.task_id)
+            if recorded.event.ends_task:
+                self._open.discard(recorded.task_id)
+
     def others_committed(self) -> None:
         """Take the news that another process has committed something."""
+        self._open.clear()
         if self._listeners:
             self._fetch()
         else:
@@ -213,11 +234,16 @@ class Feed:
             self._fetching.cancel()
 
     def _deliver(self, committed: Sequence[RecordedEvent]) -> None:
+        if not self._listeners:
+            return
         for event in committed:
-            for listener in tuple(self._listeners.get(event.task_id, ())):
-                listener(event)
+            listeners = self._listeners.get(event.task_id)
+            if listeners:
+                for listener in tuple(listeners):
+                    listener(event)
 
     def _fetch(self) -> None:
+        self._open.clear()  # only what somebody listens to is fetched
         self._stale = True
         if self._fetching is None and self._failed is None:
             self._fetching = asyncio.get_running_loop().create_task(self._fetch_all())

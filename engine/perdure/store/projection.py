@@ -21,7 +21,7 @@ from perdure.events import (
     Submitted,
     canonical,
 )
-from perdure.lifecycle import TaskState, evolve
+from perdure.lifecycle import TaskState, evolve, extend
 from perdure.task import TaskStatus
 from perdure.text import check_json
 
@@ -81,22 +81,41 @@ class TaskFold:
         for event in events:
             self._keep(event)
 
+    def apply_text(self, pieces: Sequence[tuple[int, str]]) -> None:
+        """Fold in chunks of text, offset and text of each: all of them or, on an error, nothing.
+
+        Raises:
+            InvalidTransition: One of them can't follow.
+        """
+        self._state = extend(self.state, pieces)
+        self._text.extend([text for _offset, text in pieces])
+
+    def apply_one(self, event: Event, at: datetime) -> None:
+        """Fold in one event that was recorded at ``at``.
+
+        Raises:
+            InvalidTransition: It can't follow.
+        """
+        self._state = evolve(self._state, event, at)
+        self._keep(event)
+
     def _keep(self, event: Event) -> None:
-        if isinstance(event, Chunk):
+        # Not by `isinstance`, which for pydantic's models is a call in Python wherever it says no.
+        if type(event) is Chunk:
             if event.kind == "text":
                 self._text.append(event.text)
             elif event.kind == "tool_call":
                 self._calls.append(event.text)
-        elif isinstance(event, Running):
+        elif type(event) is Running:
             if event.mode == "restart":
                 self._text.clear()
                 self._calls.clear()
-        elif isinstance(event, Submitted):
+        elif type(event) is Submitted:
             self._fixed = _fixed_columns(event)
-        elif isinstance(event, Redacted | Archived):
+        elif type(event) is Redacted or type(event) is Archived:
             self._text.clear()
             self._calls.clear()
-            if isinstance(event, Archived):
+            if type(event) is Archived:
                 self._fixed = _fixed_columns_left(event.row)
 
     def new_row(self) -> Row:

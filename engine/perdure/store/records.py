@@ -13,7 +13,7 @@ import orjson
 import sqlalchemy as sa
 
 from perdure.errors import TaskArchived, TaskNotFound
-from perdure.events import RecordedEvent, Submitted
+from perdure.events import RecordedEvent, Submitted, decode
 from perdure.store.claims import load_blobs
 from perdure.store.content import blob_digests, restore
 from perdure.store.database import Database
@@ -67,22 +67,20 @@ class TaskRecord:
     archived: str | None = None
 
     @classmethod
-    def of(cls, row: sa.RowMapping) -> TaskRecord:
+    def of(cls, row: sa.RowMapping | dict[str, Any]) -> TaskRecord:
         """Make a record of a whole row."""
-        data: dict[str, Any] = {str(name): value for name, value in row.items()}
-        usage = Usage(
-            **{name: data.pop(name) for name in Usage.model_fields if name.endswith("_tokens")}
-        )
-        files, calls = data.pop("files_created"), data.pop("tool_calls")
-        data |= {
-            "status": TaskStatus(data["status"]),
-            "cancel_requested": bool(data["cancel_requested"]),
-            "usage": usage,
-            "labels": orjson.loads(data["labels"]),
-            "files_created": tuple(orjson.loads(files)) if files else (),
-            "tool_calls": tuple(map(_tool_call, orjson.loads(calls))) if calls else (),
-        }
-        return cls(**data)
+        data = dict(row)
+        usage = Usage(**{name: data.pop(name) for name in _USAGE_COLUMNS})
+        files, calls = data["files_created"], data["tool_calls"]
+        data["status"] = TaskStatus(data["status"])
+        data["cancel_requested"] = bool(data["cancel_requested"])
+        data["labels"] = orjson.loads(data["labels"])
+        data["files_created"] = tuple(orjson.loads(files)) if files else ()
+        data["tool_calls"] = tuple(map(_tool_call, orjson.loads(calls))) if calls else ()
+        return cls(usage=usage, **data)
+
+
+_USAGE_COLUMNS: Final = tuple(name for name in Usage.model_fields if name.endswith("_tokens"))
 
 
 def _tool_call(call: Any) -> ToolCall:  # noqa: ANN401 - what the model made of it
@@ -191,6 +189,7 @@ class Records:
     def __init__(self, database: Database) -> None:
         self._rows: Lookup[TaskRecord] = Lookup(partial(_rows_of, database))
         self._statuses: Lookup[TaskStatus] = Lookup(partial(_statuses_of, database))
+        self._both: Lookup[tuple[TaskRecord, Submitted]] = Lookup(partial(_both_of, database))
         self._asked: Lookup[Submitted] = Lookup(partial(_first_events, database))
         self._content: Lookup[bytes] = Lookup(partial(load_blobs, database))
 
@@ -215,12 +214,28 @@ class Records:
             if record is not None and record.archived is not None:
                 raise TaskArchived(task_id, record.archived)
             raise TaskNotFound(task_id)
-        content = await self.content(blob_digests(first.task, first.blobs))
+        return await self._restored(task_id, first)
+
+    async def both(self, task_id: str) -> tuple[TaskRecord, Task]:
+        """Return a task's row, and the task as it was submitted, by one query.
+
+        Raises:
+            TaskNotFound: There is none.
+        """
+        found = await self._both.get(task_id)
+        if found is None:
+            raise TaskNotFound(task_id)
+        record, first = found
+        return record, await self._restored(task_id, first)
+
+    async def _restored(self, task_id: str, first: Submitted) -> Task:
+        digests = blob_digests(first.task, first.blobs)
+        content = await self.content(digests) if digests else {}
         if first.task.get("prompt") or first.task.get("messages"):
-            task = restore(first.task, first.blobs, content)
-        else:  # its content was redacted: what is left is shown with a note in the prompt's place
-            task = restore({**first.task, "prompt": "[redacted]"}, first.blobs, content)
-        return task.model_copy(update={"task_id": task_id})
+            return restore(first.task, first.blobs, content, task_id)
+        # Its content was redacted: what is left is shown with a note in the prompt's place.
+        redacted = {**first.task, "prompt": "[redacted]"}
+        return restore(redacted, first.blobs, content, task_id)
 
     async def content(self, digests: Iterable[str]) -> dict[str, bytes]:
         """Return digest -> content, for those that are still there."""
@@ -231,6 +246,29 @@ class Records:
 async def _rows_of(database: Database, task_ids: Sequence[str]) -> dict[str, TaskRecord]:
     rows = await database.rows(_ALL.where(tasks.c.task_id.in_(task_ids)))
     return {row["task_id"]: TaskRecord.of(row) for row in rows}
+
+
+_BOTH: Final = (
+    sa.select(
+        *tasks.c,
+        events.c.schema_version.label("first_schema_version"),
+        events.c.data.label("first_data"),
+    )
+    .join_from(tasks, events, events.c.stream_id == tasks.c.stream_id)
+    .where(events.c.version == 1)
+)
+
+
+async def _both_of(
+    database: Database, task_ids: Sequence[str]
+) -> dict[str, tuple[TaskRecord, Submitted]]:
+    found: dict[str, tuple[TaskRecord, Submitted]] = {}
+    for row in await database.rows(_BOTH.where(tasks.c.task_id.in_(task_ids))):
+        data = dict(row)
+        first = decode(Submitted.type, data.pop("first_schema_version"), data.pop("first_data"))
+        if isinstance(first, Submitted):
+            found[row["task_id"]] = TaskRecord.of(data), first
+    return found
 
 
 async def _statuses_of(database: Database, task_ids: Sequence[str]) -> dict[str, TaskStatus]:

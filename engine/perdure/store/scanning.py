@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError
 
+from perdure.store.bulk import plain_rows
+from perdure.store.dialect import any_text
 from perdure.store.readonly import iso
-from perdure.store.schema import Timestamp, events
 
 __all__ = [
     "NO_MOMENT",
     "PAGE",
-    "RECORDED_AT",
     "UNREADABLE",
-    "AnyTimestamp",
     "Progress",
     "as_stored",
+    "leniently",
+    "moment_of",
+    "page_of",
 ]
+
+T = TypeVar("T")
 
 # Called with how much is done, and how much there is.
 Progress = Callable[[int, int], None]
@@ -37,21 +45,49 @@ def as_stored(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
     return raw
 
 
-class AnyTimestamp(Timestamp):
-    """A moment as it is stored; the year 1, which fits no digest, where it is none."""
+def page_of(
+    connection: Connection, statement: sa.Select[*tuple[Any, ...]]
+) -> list[tuple[Any, ...]]:
+    """Return all rows of a query, as `leniently` reads them."""
+    return leniently(connection, lambda: list(plain_rows(connection, statement)))
 
-    cache_ok = True
 
-    def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:  # noqa: ANN401
-        """Turn what is stored into a moment."""
-        if value is None:
-            return None
-        if isinstance(value, datetime):  # the driver's year 1 is what Python has no value for
-            return max(NO_MOMENT, value)
-        try:
-            return _moment(value)
-        except (TypeError, ValueError, OverflowError):
-            return NO_MOMENT
+def leniently(connection: Connection, read: Callable[[], T]) -> T:
+    """Return what ``read`` returns, text that is no UTF-8 with surrogates in it.
+
+    Decoding leniently takes a call in Python for each text, as long as all else that is done to
+    an event. So it is read as UTF-8, and once more where some of it turns out not to be that.
+    """
+    if connection.dialect.name != "sqlite":
+        return read()
+    try:
+        with _utf8(connection):
+            return read()
+    except (sqlite3.OperationalError, OperationalError) as error:
+        if "decode" not in str(error):
+            raise
+    with any_text(connection):
+        return read()
+
+
+@contextmanager
+def _utf8(connection: Connection) -> Generator[None, None, None]:
+    raw: Any = connection.connection.dbapi_connection
+    before, raw.text_factory = raw.text_factory, str
+    try:
+        yield
+    finally:
+        raw.text_factory = before
+
+
+def moment_of(stored: Any) -> datetime:  # noqa: ANN401 - somebody else may have stored anything
+    """Return a moment that was read as it is stored; the year 1, which fits no digest, if none."""
+    if isinstance(stored, datetime):  # the driver's year 1 is what Python has no value for
+        return max(NO_MOMENT, stored)
+    try:
+        return _moment(stored)
+    except (TypeError, ValueError, OverflowError):
+        return NO_MOMENT
 
 
 @lru_cache(maxsize=1024)  # all events of a transaction have one, and reading it takes as long as
@@ -62,4 +98,3 @@ def _moment(value: str) -> datetime:  # all the rest of the event
 
 
 NO_MOMENT: Final = datetime(1, 1, 1, tzinfo=UTC)
-RECORDED_AT: Final = sa.type_coerce(events.c.recorded_at, AnyTimestamp).label("recorded_at")

@@ -8,6 +8,7 @@ test keeps the two equal.
 from __future__ import annotations
 
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final
 
 import orjson
@@ -49,6 +50,10 @@ __all__ = [
 ]
 
 
+# All that is written together has one moment, in many places.
+_as_text: Final = lru_cache(maxsize=256)(iso)
+
+
 class Timestamp(TypeDecorator[datetime]):
     """A moment in UTC: `timestamptz` on PostgreSQL, ISO 8601 text ending in Z on SQLite."""
 
@@ -65,7 +70,7 @@ class Timestamp(TypeDecorator[datetime]):
         """Turn a moment into what is stored."""
         if value is None or dialect.name == "postgresql":
             return value
-        return iso(value)
+        return _as_text(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ANN401
         """Turn what is stored into a moment."""

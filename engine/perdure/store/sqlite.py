@@ -220,7 +220,10 @@ class SqliteWriter(Writer):
 
     def checkpoint_if_due(self) -> None:
         """Copy the WAL back into the database once it has grown, with all writers kept out."""
-        size = self._wal.stat().st_size if self._wal.exists() else 0
+        try:
+            size = self._wal.stat().st_size
+        except FileNotFoundError:
+            size = 0
         if size < self._wal_size:  # it was started anew and cut
             self._checkpoint_at = CHECKPOINT_BYTES + CHECKPOINT_STEP
         self._wal_size = size

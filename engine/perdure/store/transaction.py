@@ -79,11 +79,11 @@ _INSERT_BLOB: Final = {
     name: Bulk(insert(blobs).on_conflict_do_nothing(), ("digest", "size", "data"))
     for name, insert in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
 }
-_SET_VERSION: Final = Bulk(
+# They were looked up in the same transaction, so what they are at is known.
+_MOVE_STREAMS: Final = (
     sa.update(streams)
-    .where(streams.c.stream_id == sa.bindparam("of_stream"))
-    .values(version=sa.bindparam("to_version")),
-    ("to_version", "of_stream"),
+    .where(streams.c.stream_id.in_(sa.bindparam("of_streams", expanding=True)))
+    .values(version=streams.c.version + sa.bindparam("by"))
 )
 _CHANGING: Final = tuple(
     name
@@ -210,7 +210,7 @@ class Transaction:
         for part in chunks_of(wanted):
             self._versions.update(dict.fromkeys(part))
             rows = self.connection.execute(_FIND_STREAMS, {"task_ids": part})
-            for task_id, stream_id, version in rows:
+            for task_id, stream_id, version in rows.all():
                 self._versions[task_id] = (stream_id, version)
 
     def fold(self, task_id: str) -> TaskFold | None:
@@ -248,7 +248,7 @@ class Transaction:
                 # What the fold would go on with is in an archive: it begins anew.
                 fold = TaskFold(fold.task_id, fold.stream_id)
             try:
-                fold.apply((decode(row.type, row.schema_version, row.data),), row.recorded_at)
+                fold.apply_one(decode(row.type, row.schema_version, row.data), row.recorded_at)
             except InvalidTransition as error:
                 raise DatabaseCorrupt(
                     f"{fold.task_id} version {row.version} can't be folded ({error}): "
@@ -397,7 +397,7 @@ class Transaction:
         return int(row.position), bytes(row.digest)
 
     def _flush_rows(self) -> None:
-        known: list[tuple[Any, ...]] = []
+        moved: dict[int, list[int]] = {}  # how far -> which streams
         fresh: list[tuple[Any, ...]] = []
         changed: list[tuple[Any, ...]] = []
         forgotten: list[tuple[Any, ...]] = []
@@ -407,7 +407,7 @@ class Transaction:
                 row = fold.new_row()
                 fresh.append(tuple([row[name] for name in _COLUMNS]))
                 continue
-            known.append((fold.version, fold.stream_id))
+            moved.setdefault(len(staged.events), []).append(fold.stream_id)
             if not staged.row_changed:
                 continue
             row = fold.changing_columns()
@@ -415,7 +415,10 @@ class Transaction:
             left = fold.content_columns()
             if left is not None:
                 forgotten.append((left["prompt"], left["labels"], fold.stream_id))
-        _SET_VERSION.execute(self.connection, known)
+        for by, stream_ids in moved.items():
+            for begin in range(0, len(stream_ids), IN_LIMIT):
+                part = stream_ids[begin : begin + IN_LIMIT]
+                self.connection.execute(_MOVE_STREAMS, {"by": by, "of_streams": part})
         _INSERT_TASK.execute(self.connection, fresh)
         _UPDATE_TASK.execute(self.connection, changed)
         _FORGET_CONTENT.execute(self.connection, forgotten)

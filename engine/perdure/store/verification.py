@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Final, NamedTuple, TypeAlias
+from hashlib import sha256
+from typing import Any, Final, TypeAlias
 
 import orjson
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from perdure.errors import PerdureError
-from perdure.events import EVENT_TYPES, Archived, Redacted, chain_digest, decode
+from perdure.events import EVENT_TYPES, Archived, Redacted, chain_link, decode, micros_of
 from perdure.store import scanning
-from perdure.store.bulk import plain_rows
 from perdure.store.content import blob_digests, digest_of
 from perdure.store.gaps import Gap, each_gap
-from perdure.store.scanning import RECORDED_AT, UNREADABLE, Progress, as_stored
+from perdure.store.scanning import (
+    NO_MOMENT,
+    UNREADABLE,
+    Progress,
+    as_stored,
+    moment_of,
+    page_of,
+)
 from perdure.store.schema import blobs, events, log_head, streams
 from perdure.text import one_line
 
@@ -82,15 +87,16 @@ def verify(
     report = VerifyReport()
     head = _verify_head(connection, report)
     walk = _Walk(report, each_gap(connection), expect)
-    for row in _each_event(connection):
-        report.events += 1
-        try:
-            walk.take(row)
-        except UNREADABLE:
-            report.problem(f"position {row[0]}: the row is unreadable")
-        if expect is not None and row[0] == expect[0] and walk.digest.hex() != expect[1]:
-            report.problem(f"position {expect[0]}: its digest is not the one expected")
-        if progress is not None and report.events % scanning.PAGE == 0:
+    for rows in _pages(connection):
+        for row in rows:
+            try:
+                walk.take(row)
+            except UNREADABLE:
+                report.problem(f"position {row[0]}: the row is unreadable")
+            if expect is not None and row[0] == expect[0] and walk.digest.hex() != expect[1]:
+                report.problem(f"position {expect[0]}: its digest is not the one expected")
+        report.events += len(rows)
+        if progress is not None and len(rows) == scanning.PAGE:
             progress(report.events, report.position)
     walk.end(head)
     if expect is not None and report.position < expect[0]:
@@ -120,19 +126,13 @@ def _verify_head(connection: Connection, report: VerifyReport) -> bytes:
     return digest
 
 
-class _Where(NamedTuple):
-    """Where an event stands; put into words only where there is something to say."""
-
-    position: int
-    task_id: str
-    version: int
-
-    def __str__(self) -> str:
-        return f"position {self.position} ({self.task_id} version {self.version})"
-
-
 # position, stream_id, version, type, schema_version, data, recorded_at, digest, task_id
-_EventRow: TypeAlias = tuple[int, int, int, str, int, str, datetime, Any, Any]
+_EventRow: TypeAlias = tuple[Any, ...]
+
+
+def _where(row: _EventRow) -> str:
+    """Say where an event stands."""
+    return f"position {row[0]} ({row[8]} version {row[2]})"
 
 
 class _Walk:
@@ -148,6 +148,8 @@ class _Walk:
         self._missing = 0
         self._expect = expect
         self._position = 0
+        self._at: object = None
+        self._micros = micros_of(NO_MOMENT)
         self.digest = b""
         self.blobs: set[str] = set()
         self._tombstones: dict[tuple[str, int], str] = {}
@@ -155,7 +157,6 @@ class _Walk:
     def take(self, row: _EventRow) -> None:
         report = self._report
         position, stream_id, number, type_, schema_version, text, at, kept, task_id = row
-        where = _Where(position, task_id, number)
         stored = kept if isinstance(kept, bytes) else b""
         if position != self._position + 1 or self._gap is not None:
             self._jump(position)
@@ -168,30 +169,27 @@ class _Walk:
         data = text.encode(errors="surrogateescape")
         version = self.versions.get(task_id, 0) + 1
         if type_ == Archived.type:
-            version = self._archived(data, schema_version, stream_id, version, where)
+            version = self._archived(data, schema_version, stream_id, version, row)
         self.versions[task_id] = version
         if number != version:
-            report.problem(f"{where}: version {version} was expected")
+            report.problem(f"{_where(row)}: version {version} was expected")
         if version == 1 and stream_id != position:
-            report.problem(f"{where}: its stream's key is {stream_id}")
+            report.problem(f"{_where(row)}: its stream's key is {stream_id}")
         if type_ not in EVENT_TYPES:
-            report.problem(f"{where}: {type_!r} is no type of event")
-        digest = chain_digest(
-            previous,
-            position,
-            task_id,
-            number,
-            type_,
-            schema_version,
-            at,
-            self._data_digest(where, data),
+            report.problem(f"{_where(row)}: {type_!r} is no type of event")
+        if at != self._at:  # all events of a transaction have one
+            self._at, self._micros = at, micros_of(moment_of(at))
+        redacted = b'"redacted":' in data
+        data_digest = self._original_digest(row, data) if redacted else sha256(data).digest()
+        digest = chain_link(
+            previous, position, task_id, number, type_, schema_version, self._micros, data_digest
         )
         if digest != stored:
-            report.problem(f"{where}: the event, or what stands before it, was changed")
+            report.problem(f"{_where(row)}: the event, or what stands before it, was changed")
         if type_ == "submitted" and (b'"blobs":{"' in data or b'"files":' in data):
             self._note_blobs(data)
-        if type_ == Redacted.type:
-            self._accept_tombstones(task_id, data, where)
+        elif type_ == "redacted":
+            self._accept_tombstones(row, data)
 
     def _jump(self, position: int) -> None:
         """Go on at ``position``, across the gap before it where there is one."""
@@ -214,56 +212,54 @@ class _Walk:
         self._gap = next(self._gaps, None)
 
     def _archived(
-        self, data: bytes, schema_version: int, stream_id: int, version: int, where: _Where
+        self, data: bytes, schema_version: int, stream_id: int, version: int, row: _EventRow
     ) -> int:
         """Take the note that the events before it were moved; returns the version it must have."""
         try:
             noted = decode(Archived.type, schema_version, data)
         except PerdureError:
-            self._report.problem(f"{where}: its data is unreadable")
+            self._report.problem(f"{_where(row)}: its data is unreadable")
             return version
         if not isinstance(noted, Archived):
             return version
         if version > 1:
-            self._report.problem(f"{where}: it was archived, and its events are there")
+            self._report.problem(f"{_where(row)}: it was archived, and its events are there")
             return version
         if stream_id != noted.position:
-            self._report.problem(f"{where}: its stream's key is {stream_id}")
+            self._report.problem(f"{_where(row)}: its stream's key is {stream_id}")
         self._report.archived += noted.events
         return noted.events + 1
 
-    def _data_digest(self, where: _Where, data: bytes) -> bytes:
+    def _original_digest(self, row: _EventRow, data: bytes) -> bytes:
         """Return the digest of the data as it was when it was written."""
-        if b'"redacted":' in data:
-            try:
-                named = orjson.loads(data).get("redacted")
-                if isinstance(named, str):
-                    self._report.redacted += 1
-                    self._tombstones[where.task_id, where.version] = hashlib.sha256(
-                        data
-                    ).hexdigest()
-                    return bytes.fromhex(named)
-            except (orjson.JSONDecodeError, AttributeError, ValueError):
-                self._report.problem(f"{where}: its data is unreadable")
-        return hashlib.sha256(data).digest()
+        try:
+            named = orjson.loads(data).get("redacted")
+            if isinstance(named, str):
+                self._report.redacted += 1
+                self._tombstones[row[8], row[2]] = sha256(data).hexdigest()
+                return bytes.fromhex(named)
+        except (orjson.JSONDecodeError, AttributeError, ValueError):
+            self._report.problem(f"{_where(row)}: its data is unreadable")
+        return sha256(data).digest()
 
     def _note_blobs(self, data: bytes) -> None:
         plain = orjson.loads(data)
         if "redacted" not in plain:
             self.blobs |= blob_digests(plain["task"], plain.get("blobs") or {})
 
-    def _accept_tombstones(self, task_id: str, data: bytes, where: _Where) -> None:
+    def _accept_tombstones(self, row: _EventRow, data: bytes) -> None:
         """Check the tombstones of a stream against the event that says who left them."""
         try:
             named = decode(Redacted.type, 1, data)
         except PerdureError:
-            self._report.problem(f"{where}: its data is unreadable")
+            self._report.problem(f"{_where(row)}: its data is unreadable")
             return
         if isinstance(named, Redacted):
             for version, digest in named.tombstones.items():
-                if self._tombstones.pop((task_id, int(version)), None) != digest:
+                if self._tombstones.pop((row[8], int(version)), None) != digest:
                     self._report.problem(
-                        f"{where}: the tombstone at version {version} is not the one that was left"
+                        f"{_where(row)}: the tombstone at version {version} is not the one that "
+                        "was left"
                     )
 
     def end(self, digest: bytes) -> None:
@@ -330,12 +326,13 @@ def _verify_blobs(connection: Connection, named: set[str], report: VerifyReport)
         report.problem(f"blob {digest}: it is missing")
 
 
-def _each_event(connection: Connection) -> Iterator[Any]:
+def _pages(connection: Connection) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield all events by position, a page at a time."""
     page = (
         sa.select(
             *(events.c.position, events.c.stream_id, events.c.version, events.c.type),
             *(events.c.schema_version, events.c.data),
-            RECORDED_AT,
+            as_stored(events.c.recorded_at),
             as_stored(events.c.digest),
             streams.c.task_id,
         )
@@ -345,10 +342,9 @@ def _each_event(connection: Connection) -> Iterator[Any]:
     )
     last: int | None = None
     while True:
-        rows = list(
-            plain_rows(connection, page if last is None else page.where(events.c.position > last))
-        )
-        yield from rows
+        rows = page_of(connection, page if last is None else page.where(events.c.position > last))
+        if rows:
+            yield rows
         if len(rows) < scanning.PAGE:
             return
         last = rows[-1][0]
