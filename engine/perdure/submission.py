@@ -23,12 +23,21 @@ MAX_FILE: Final = 32 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A task that is ready to be written down."""
+    """A task that is ready to be written down.
+
+    Attributes:
+        task_id: Its id.
+        given_id: Whether that is the one it must have.
+        event: Its first event.
+        content: What it brings along, by digest.
+        carried: The digests of files that another task has brought.
+    """
 
     task_id: str
     given_id: bool
     event: Submitted
     content: dict[str, bytes]
+    carried: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,7 @@ def prepare(task: Task, platforms: Platforms, default_platform: str | None) -> P
         given_id=task.task_id is not None,
         event=Submitted(task=plain, platforms=order, blobs=places),
         content=content | texts,
+        carried=frozenset(file.digest for file in files) - content.keys(),
     )
 
 
@@ -107,6 +117,8 @@ def submit(tx: Transaction, prepared: list[Prepared]) -> list[Submission | Inval
 
 def _submit_one(tx: Transaction, prepared: Prepared) -> Submission | InvalidTask:
     task_id = prepared.task_id
+    if prepared.carried - tx.known_blobs(prepared.carried):  # it was redacted or archived just now
+        return InvalidTask("files: what another task had attached is not in the database any more")
     while True:
         try:
             tx.append(task_id, (prepared.event,), 0)

@@ -70,6 +70,7 @@ def newer(path: Path, migrated: Path) -> None:
     shutil.copy(migrated, path)
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.execute("DELETE FROM compatible")
     connection.close()
 
 

@@ -112,6 +112,7 @@ class TestDoctor:
                 database.write_bytes(migrated_file.read_bytes())
                 with sqlite3.connect(database) as connection:
                     connection.execute("UPDATE alembic_version SET version_num = '9999'")
+                    connection.execute("DELETE FROM compatible")
                 connection.close()
             case _:
                 database.write_bytes(migrated_file.read_bytes()[:100] + b"\xa5" * 90_000)

@@ -121,6 +121,20 @@ async def test_an_unknown_task_is_unknown(db: Path) -> None:
     assert count_events(db) == 0
 
 
+async def test_a_result_that_another_engine_brings_about(db: Path) -> None:
+    """Who has submitted a task and nobody to tell it of its end meanwhile still gets the result."""
+    async with engine_on(db, run=False) as here:
+        for other_writes_between in (False, True):
+            task_id = await here.submit_task(ASK)
+            assert here.log.feed.knows_open(task_id)
+            async with engine_on(db, ScriptedAdapter("done", Completed())) as there:
+                assert (await there.get_result(task_id, 30)).output == "done"
+            if other_writes_between:  # so that what others have written was passed over
+                await here.submit_task(Task(prompt="Another.", platform="scripted"))
+                assert not here.log.feed.knows_open(task_id)
+            assert (await here.get_result(task_id, 30)).output == "done"
+
+
 async def test_get_result_waits_and_gives_up_in_time(db: Path) -> None:
     """The result is waited for, as long as that is allowed; the task goes on all the same."""
     hold = Hold()
@@ -269,6 +283,22 @@ async def test_files_are_taken_as_they_were_at_submission(db: Path, tmp_path: Pa
     assert len(adapter.calls) == 2
     assert all(isinstance(file, Attachment) for file in result.task.files)
     assert query(db, "SELECT count(*) FROM blobs") == [(2,)]
+
+
+async def test_a_file_that_has_gone_meanwhile_is_not_attached_again(
+    db: Path, tmp_path: Path
+) -> None:
+    """What another task had attached, and a redaction took away, can't be part of a new one."""
+    (tmp_path / "notes.txt").write_bytes(b"as it was")
+    async with engine_on(db, run=False) as engine:
+        first = await engine.submit_task(Task(prompt="Read.", files=(tmp_path / "notes.txt",)))
+        task = (await engine.get_definition(first)).model_copy(update={"task_id": None})
+        assert task.files
+        await engine.submit_task(task)
+        await engine.log.write(lambda tx: tx.connection.exec_driver_sql("DELETE FROM blobs"))
+        with pytest.raises(InvalidTask, match="not in the database any more"):
+            await engine.submit_task(task)
+    assert count_events(db) == 2
 
 
 @pytest.mark.parametrize("missing", ["no such file", "folder"])

@@ -37,6 +37,7 @@ from perdure.events import (
     canonical,
     chain_digest,
     decode,
+    decode_text,
     encode,
 )
 from perdure.task import Usage
@@ -465,3 +466,30 @@ class TestChain:
 
 
 CHAINED = "bf64af85ee1b2dfe6bd51796b39e1b1f6fdaaa1cf6d1075c3a2f7454f7ca6da5"
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        ('{"kind":"text","offset":3,"text":"so"}', (3, "so")),
+        ('{"kind":"reasoning","offset":3,"text":"so"}', None),
+        ('{"kind":"text","offset":3,"text":"so","cursor":"c"}', None),
+        ('{"kind":"text","length":2,"offset":3,"redacted":"ab"}', None),
+        ('{"kind":"text","offset":true,"text":"so"}', None),
+        ('{"kind":"text","offset":3.0,"text":"so"}', None),
+        ('{"kind":"text","offset":3,"text":null}', None),
+        ('{"kind":"text","offset":3}', None),
+        ('["kind","offset","text"]', None),
+        ("no json", None),
+        ("", None),
+    ],
+)
+def test_only_plain_text_is_read_by_the_short_way(data: str, found: tuple[int, str] | None) -> None:
+    """Whatever is not exactly a chunk of text is left to `decode`, which knows what is wrong."""
+    assert decode_text(1, data) == found
+    assert decode_text(2, data) is None
+
+
+def test_chunks_are_written_so_that_the_short_way_reads_them() -> None:
+    """What the log writes for plain text is what is read so; most events are."""
+    assert decode_text(1, encode(Chunk(text="so", offset=3)).data) == (3, "so")

@@ -31,7 +31,7 @@ from perdure.events import (
     Submitted,
     UsageReported,
 )
-from perdure.lifecycle import TaskState, evolve
+from perdure.lifecycle import TaskState, evolve, extend
 from perdure.task import TaskStatus, Usage
 
 T0 = datetime(2026, 11, 22, 13, 0, tzinfo=UTC)
@@ -451,3 +451,35 @@ class TestAttempts:
         assert fold([wish]).model == "wish"
         assert fold([wish, running(model="wish"), Accepted(model="taken")]).model == "taken"
         assert fold([wish, running(model="wish"), Accepted()]).model == "wish"
+
+
+@given(
+    before=st.sampled_from(["pending", "running", "with text", "completed"]),
+    pieces=st.lists(st.tuples(st.integers(-1, 1), st.text(max_size=4)), min_size=1, max_size=5),
+)
+def test_chunks_of_text_can_be_taken_all_at_once(
+    before: str, pieces: list[tuple[int, str]]
+) -> None:
+    """What comes of it, or that they can't follow, is as with one after the other."""
+    events: list[Event] = [submitted()]
+    if before != "pending":
+        events.append(running())
+    if before == "with text":
+        events += [Chunk(text="hm", kind="reasoning"), Chunk(text="so")]
+    if before == "completed":
+        events.append(Completed())
+    state = fold(events)
+    length = state.length()
+    told: list[tuple[int, str]] = []
+    for slip, text in pieces:
+        told.append((length + slip, text))
+        length += len(text)
+    try:
+        expected = state
+        for offset, text in told:
+            expected = evolve(expected, Chunk.model_construct(text=text, offset=offset), T0)
+    except InvalidTransition:
+        with pytest.raises(InvalidTransition):
+            extend(state, told)
+    else:
+        assert extend(state, told) == expected

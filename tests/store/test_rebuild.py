@@ -407,6 +407,9 @@ class TestDamage:
             "UPDATE tasks SET available_at = '-infinity', submitted_at = 'infinity'",
             "UPDATE tasks SET stream_id = stream_id + 1000",
             "UPDATE tasks SET task_id = task_id || '2', key = NULL",
+            "UPDATE tasks SET cost_usd = -0.0",
+            "UPDATE tasks SET cost_usd = 0 WHERE cost_usd IS NULL",
+            "UPDATE tasks SET tool_calls = '[1.00]', labels = '{\"a\": 1.00}'",
             """INSERT INTO tasks SELECT -1, 'ghost', status, platform, model, type, priority,
             attempts, worker, available_at, cancel_requested, prompt, output, partial_output,
             finish_reason, error_class, error, input_tokens, output_tokens, cache_read_tokens,
@@ -427,6 +430,22 @@ class TestDamage:
         assert self.rebuild(story) > 0
         assert bits(backend, story) == before
         assert self.rebuild(story) == 0
+
+    def test_names_that_were_swapped(self, backend: Backend, database_url: str) -> None:
+        """Rows that hold each other's unique values are put right, wherever they stand."""
+        histories = [(f"t{n}", [(submitted(key=f"k{n}"),)]) for n in range(150)]
+        asyncio.run(write(database_url, *histories))
+        before = bits(backend, database_url)
+        with backend.shell(database_url) as shell:
+            for column, values in (("key", "k{}"), ("task_id", "t{}")):
+                for one, other in ((3, 140), (70, 71), (149, 0)):
+                    swap = f"UPDATE tasks SET {column} = '{{}}' WHERE {column} = '{{}}'"
+                    a, b = values.format(one), values.format(other)
+                    for to, of in (("aside", a), (a, b), (b, "aside")):
+                        shell.run(swap.format(to, of))
+        assert self.rebuild(database_url) >= 6
+        assert bits(backend, database_url) == before
+        assert self.rebuild(database_url) == 0
 
     def test_two_damages_are_two(self, backend: Backend, story: str) -> None:
         """Each row that was wrong counts once."""

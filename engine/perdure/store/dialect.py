@@ -259,6 +259,9 @@ def alembic_config(connection: Connection) -> Any:  # noqa: ANN401 - alembic is 
 def stored_revision(connection: Connection, place: object) -> str | None:
     """Return the schema's revision; None for an empty database.
 
+    A newer one that says that this code may use it counts as today's: it has something more, which
+    this code doesn't know and leaves alone.
+
     Raises:
         DatabaseIncompatible: It isn't perdure's, or is newer than this code.
     """
@@ -272,11 +275,18 @@ def stored_revision(connection: Connection, place: object) -> str | None:
     found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
     revision = str(found) if found is not None else None
     if revision != schema.REVISION and revision not in _known_revisions():
+        if "compatible" in names and _may_be_used(connection):
+            return schema.REVISION
         raise DatabaseIncompatible(
             f"{place} has schema {revision}, written by a newer perdure than this one "
             f"(schema {schema.REVISION}): upgrade perdure"
         )
     return revision
+
+
+def _may_be_used(connection: Connection) -> bool:
+    ours = sa.select(schema.compatible).where(schema.compatible.c.revision == schema.REVISION)
+    return connection.execute(ours).first() is not None
 
 
 def refuse_old(revision: str | None, place: object, empty: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import orjson
 import sqlalchemy as sa
 
-from perdure.errors import TaskArchived, TaskNotFound
+from perdure.errors import PerdureError, TaskArchived, TaskNotFound
 from perdure.events import RecordedEvent, Submitted, decode
 from perdure.store.claims import load_blobs
 from perdure.store.content import blob_digests, restore
@@ -210,21 +210,26 @@ class Records:
         """
         first = await self._asked.get(task_id)
         if first is None:
-            record = await self.find(task_id)
-            if record is not None and record.archived is not None:
-                raise TaskArchived(task_id, record.archived)
-            raise TaskNotFound(task_id)
+            raise await self._missing(task_id)
         return await self._restored(task_id, first)
+
+    async def _missing(self, task_id: str) -> PerdureError:
+        """Return the error for a task whose first event isn't here."""
+        record = await self.find(task_id)
+        if record is not None and record.archived is not None:
+            return TaskArchived(task_id, record.archived)
+        return TaskNotFound(task_id)
 
     async def both(self, task_id: str) -> tuple[TaskRecord, Task]:
         """Return a task's row, and the task as it was submitted, by one query.
 
         Raises:
             TaskNotFound: There is none.
+            TaskArchived: It is in an archive.
         """
         found = await self._both.get(task_id)
         if found is None:
-            raise TaskNotFound(task_id)
+            raise await self._missing(task_id)
         record, first = found
         return record, await self._restored(task_id, first)
 

@@ -40,6 +40,7 @@ __all__ = [
     "REVISION",
     "VIEWS",
     "blobs",
+    "compatible",
     "events",
     "gaps",
     "log_head",
@@ -256,6 +257,9 @@ blobs: Final = Table(
     Column("size", _BigInt, nullable=False),
     Column("data", LargeBinary, nullable=False),
 )
+
+# Which revisions of this schema the code may be written for that uses the database as it is.
+compatible: Final = Table("compatible", metadata, Column("revision", _Name, primary_key=True))
 
 workers: Final = Table(
     "workers",

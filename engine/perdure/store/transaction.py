@@ -423,12 +423,17 @@ class Transaction:
         _UPDATE_TASK.execute(self.connection, changed)
         _FORGET_CONTENT.execute(self.connection, forgotten)
 
+    def known_blobs(self, digests: Iterable[str]) -> set[str]:
+        """Return which of these contents are stored; nobody takes them away before the commit."""
+        known: set[str] = set()
+        for part in chunks_of(sorted(digests)):  # in an order all agree on
+            known.update(self.connection.scalars(_KNOWN_BLOBS, {"digests": part}))
+        return known
+
     def _flush_blobs(self) -> None:
         if not self._blobs:
             return
-        known: set[str] = set()
-        for part in chunks_of(sorted(self._blobs)):  # in an order all agree on
-            known.update(self.connection.scalars(_KNOWN_BLOBS, {"digests": part}))
+        known = self.known_blobs(self._blobs)
         _INSERT_BLOB[self.connection.dialect.name].execute(
             self.connection,
             [

@@ -1,4 +1,4 @@
-"""Tasks whose events are in an archive, and the gaps that those leave in the log.
+"""Tasks whose events are in an archive, the gaps those leave in the log; which code may use it.
 
 Revision ID: 0003
 Revises: 0002
@@ -30,6 +30,10 @@ def upgrade() -> None:
         sa.Column("last_position", big, nullable=False),
         sa.Column("digest", sa.LargeBinary, nullable=False),
     )
+    # Whose schema is among these may use this one. A later migration that only adds puts itself
+    # beside them; one that older code can't work with empties the table first.
+    compatible = op.create_table("compatible", sa.Column("revision", word, primary_key=True))
+    op.bulk_insert(compatible, [{"revision": revision}])
     for statement in _POSTGRESQL if postgresql else _SQLITE:
         op.execute(statement)
 
@@ -52,6 +56,7 @@ def downgrade() -> None:
     postgresql = op.get_context().dialect.name == "postgresql"
     for statement in _POSTGRESQL_BEFORE if postgresql else _SQLITE_BEFORE:
         op.execute(statement)
+    op.drop_table("compatible")
     op.drop_table("gaps")
     op.drop_column("log_head", "archive_of")
     op.drop_column("tasks", "archived")
