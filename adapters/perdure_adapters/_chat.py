@@ -155,11 +155,18 @@ class ChatReader:
     Args:
         request_id: The platform's id of the request, from the response's headers.
         note: Something to tell about this attempt.
+        secrets: What must not be in the message of an error.
     """
 
-    def __init__(self, request_id: str | None = None, note: str | None = None) -> None:
+    def __init__(
+        self,
+        request_id: str | None = None,
+        note: str | None = None,
+        secrets: Sequence[str | None] = (),
+    ) -> None:
         self._request_id = request_id
         self._note = note
+        self._secrets = secrets
         self._accepted = False
         self._characters = 0
         self._finish_reason: str | None = None
@@ -183,6 +190,7 @@ class ChatReader:
                 text_in(chunk, "message") or "the server reported an error",
                 names=(str(getattr(chunk, "code", "")), text_in(chunk, "type")),
                 request_id=self._request_id,
+                secrets=self._secrets,
             )
         if not self._accepted:
             self._accepted = True
@@ -252,18 +260,28 @@ class _ToolCalls:
     def __init__(self) -> None:
         self._index: object = None
         self._id: str = ""
+        self._begun: set[tuple[object, str]] = set()
         self._text = ToolCallText()
 
     def feed(self, call: object) -> str:
-        """Return the text that one delta adds."""
+        """Return the text that one delta adds.
+
+        Raises:
+            StreamTruncated: It is one of a call that was closed when the next one began.
+        """
         function = getattr(call, "function", None)
         index = getattr(call, "index", None)
         id_ = text_in(call, "id")
         text = ""
         # Some servers number all calls 0 and tell them apart by their id alone.
         if not self._text.open or index != self._index or (id_ and id_ != self._id):
+            name = text_in(function, "name")
+            nameless = self._text.open and not (id_ or name)
+            if nameless or (index, id_) in self._begun:
+                raise StreamTruncated("the server sent arguments of a tool call that isn't open")
             self._index, self._id = index, id_
-            text = self._text.begin(id_, text_in(function, "name"))
+            self._begun.add((index, id_))
+            text = self._text.begin(id_, name)
         arguments: object = getattr(function, "arguments", None)
         if arguments is not None and not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)

@@ -47,6 +47,9 @@ def message_body(call: Call, model: str, schema: Mapping[str, Any] | None = None
     for name in _RESERVED:
         if name in options:
             raise InvalidRequest(f"options.{name}: perdure sets this itself; remove it")
+    betas: object = options.get("betas", [])
+    if not isinstance(betas, list):
+        raise InvalidRequest("options.betas: must be a list of names")
     limits = task.limits
     known = claude_model(model)
     body: dict[str, Any] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from perdure.errors import InvalidRequest, PlatformError
 from perdure.events import Event
 from perdure_adapters._chat import ChatReader
+from perdure_adapters._endpoint import LAST_WORDS
 from perdure_adapters._openai import (
     OpenAIEndpoint,
     check_streams,
@@ -50,6 +52,7 @@ class Completions:
             reader = ChatReader(
                 stream.response.headers.get("x-request-id"),
                 None if self._asks_for_usage else "the server can't report usage in a stream",
+                secrets=(self._endpoint.key,),
             )
             while (chunk := await self._next(stream, reader)) is not _END:
                 for event in reader.feed(chunk):
@@ -100,7 +103,10 @@ class Completions:
     async def _next(self, stream: AsyncStream[ChatCompletionChunk], reader: ChatReader) -> object:
         """Return the next chunk, or `_END`."""
         try:
-            return await anext(stream, _END)
+            async with asyncio.timeout(LAST_WORDS if reader.ended else None):
+                return await anext(stream, _END)
+        except TimeoutError:
+            return _END
         except reading_errors() as error:
             # After the end marker only the count of tokens can be missing. The answer is whole,
             # and asking for it again would cost it again.

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from perdure.errors import (
     ConnectionLost,
@@ -27,14 +27,16 @@ from perdure_adapters._sdk import redact, typed_error
 if TYPE_CHECKING:
     import httpx2
 
-__all__ = ["DECODING_ERRORS", "Endpoint", "fault_of", "message_of", "wire_errors"]
+__all__ = ["DECODING_ERRORS", "LAST_WORDS", "Endpoint", "fault_of", "message_of", "wire_errors"]
 
 # What an SDK can't leave out and servers without keys ignore.
 _NO_KEY: Final = "none"
 _KEY: Final = re.compile("[!-~]+")
-# Who is named in an address, with a password at times.
-_USER: Final = re.compile("//[^/@]*@")
+_QUERY: Final = re.compile("[?#]")
 _MAX_DETAIL: Final = 200
+
+LAST_WORDS: Final = 5.0
+"""Seconds to wait, once an answer is whole, for the tokens it used; some servers never hang up."""
 
 DECODING_ERRORS: Final = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
 """What reading an answer may raise: the SDKs decode it without suspicion."""
@@ -67,12 +69,15 @@ class Endpoint:
 
     @property
     def shown(self) -> str:
-        """The address as it may be shown: without user, password and query."""
+        """The address as it may be shown: without user, password and query.
+
+        It may be none: a password with a slash in it makes an address unreadable, and must not be
+        shown all the more.
+        """
         if not self.url:
             return self.name
-        parts = urlsplit(self.url)
-        host = parts.netloc.rpartition("@")[2]
-        return urlunsplit((parts.scheme, host, parts.path, "", ""))
+        scheme, mark, rest = self.url.rpartition("://")
+        return scheme + mark + _QUERY.split(rest.rpartition("@")[2])[0]
 
     @property
     def sent_key(self) -> str:
@@ -98,8 +103,7 @@ class Endpoint:
             usable = False
         if not usable:
             raise NotConfigured(
-                f"the base URL {_USER.sub('//', self.url or '')!r} is no address such as "
-                "http://127.0.0.1:8080/v1"
+                f"the base URL {self.shown!r} is no address such as http://127.0.0.1:8080/v1"
             )
         self.check_key()
 

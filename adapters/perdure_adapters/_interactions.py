@@ -203,6 +203,9 @@ class InteractionReader:
         self._begun = False
         self._whole_call: tuple[str, str, str] | None = None
         self._called = False
+        self._after: str | None = None
+        self._held: list[object] | None = None
+        self._picked_up = cursor is not None
         if cursor is not None:
             self._take_up(_Cursor.parse(cursor))
 
@@ -213,6 +216,7 @@ class InteractionReader:
 
     def _take_up(self, cursor: _Cursor) -> None:
         self._event_id, self._called = cursor.event_id, cursor.called
+        self._after = cursor.event_id or None
         if cursor.step is None:
             return
         self._step, self._begun = cursor.step, cursor.arguments
@@ -234,9 +238,24 @@ class InteractionReader:
         event_id = text_of(event, "event_id")
         if kind == "error":
             raise self._error(fault)
+        if event_id and event_id == self._after:  # what was read last: all before it was read, too
+            self._after = self._held = None
+            return
+        if self._after is not None and kind == "interaction.created":
+            self._held = []
+        if self._held is not None and kind != "interaction.completed":
+            # It begins again: whether what follows was read before is known as soon as that comes.
+            self._held.append(event)
+            return
+        held, self._held = self._held or [], None
+        for one in (*held, event):
+            yield from self._said(one)
+
+    def _said(self, event: object) -> Iterator[Event]:
+        event_id = text_of(event, "event_id")
         if event_id and " " not in event_id:
             self._event_id = event_id
-        match kind:
+        match word_of(event, "event_type"):
             case "interaction.created":
                 yield from self._created(part_of(event, "interaction"))
             case "interaction.status_update":
@@ -269,7 +288,7 @@ class InteractionReader:
             raise StreamTruncated(f"the stream of the interaction ended {status}")
         if self._problem:
             raise self._failed()
-        rest = self._tools.close()
+        rest = self._close_call()
         if rest:
             yield self._chunk(rest, "tool_call")
         if normal == "stop" and self._called:
@@ -283,6 +302,8 @@ class InteractionReader:
     def _created(self, interaction: object) -> Iterator[Event]:
         self.response_id = text_of(interaction, "id") or self.response_id
         self._status = word_of(interaction, "status") or self._status
+        if self._picked_up:  # it is in the log
+            return
         alive = self._background and self.response_id is not None
         yield Accepted(
             response_id=self.response_id,
@@ -362,13 +383,15 @@ class InteractionReader:
             if not isinstance(part_of(content, "text"), str | None):
                 raise StreamTruncated(f"{self._where} sent a text that is none")
         text = "".join(text_of(content, "text") for content in contents)
+        if text and self._whole_call is not None:  # the cursor goes past it: it is written before
+            yield self._chunk(self._close_call(), "tool_call")
         if text:
             yield self._chunk(text, kind)
 
     def _begin_call(self, index: int, step: object) -> Iterator[Event]:
         id_, name = text_of(step, "id"), text_of(step, "name")
         arguments = part_of(step, "arguments")
-        before = self._tools.close()
+        before = self._close_call()
         self._step, self._begun, self._called = index, False, True
         if arguments:
             # Whether they are all there is only known at the step's end: nothing is written before.
@@ -409,15 +432,19 @@ class InteractionReader:
     def _stop(self, event: object) -> Iterator[Event]:
         if self._step is None or _index(event) != self._step:
             return
+        text = self._close_call()
+        self._step = None
+        if text:
+            yield self._chunk(text, "tool_call")
+
+    def _close_call(self) -> str:
+        """Return what completes the call that is open; empty where none is."""
         text = ""
         if self._whole_call is not None:
             id_, name, arguments = self._whole_call
             text = self._tools.begin(id_, name) + self._tools.arguments(arguments)
             self._whole_call = None
-        text += self._tools.close()
-        self._step = None
-        if text:
-            yield self._chunk(text, "tool_call")
+        return text + self._tools.close()
 
     def _chunk(self, text: str, kind: ChunkKind) -> Chunk:
         return Chunk(text=text, kind=kind, cursor=self._cursor() if self._background else None)

@@ -7,7 +7,7 @@ suspicion, and knows neither the SDK nor the wire.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, cast
 
 from perdure.errors import StreamTruncated
@@ -54,10 +54,17 @@ class MessagesReader:
     Args:
         request_id: The platform's id of the request, from the response's headers.
         before: The reader of the response that this one goes on with, after a pause.
+        secrets: What must not be in the message of an error.
     """
 
-    def __init__(self, request_id: str | None = None, before: MessagesReader | None = None) -> None:
+    def __init__(
+        self,
+        request_id: str | None = None,
+        before: MessagesReader | None = None,
+        secrets: Sequence[str | None] = (),
+    ) -> None:
         self._request_id = request_id
+        self._secrets = secrets
         self._spent = before.usage if before is not None else None
         self._again = before is not None
         self._characters = 0
@@ -139,8 +146,11 @@ class MessagesReader:
         Args:
             body: The request that was paused.
         """
-        said = [block.whole() for _, block in sorted(self._blocks.items())]
-        messages = [*body["messages"], {"role": "assistant", "content": said}]
+        blocks = [block for _, block in sorted(self._blocks.items())]
+        # A text without text is refused, though the platform may have begun one.
+        said = [one.whole() for one in blocks if one.type != "text" or one.text("text").strip()]
+        turn = [{"role": "assistant", "content": said}] if said else []
+        messages = [*body["messages"], *turn]
         more: dict[str, Any] = {"container": self._container} if self._container else {}
         return {**body, **more, "messages": messages}
 
@@ -232,6 +242,7 @@ class MessagesReader:
             str(fault.get("message") or "the server reported an error"),
             names=(str(fault.get("type")),),
             request_id=self._request_id,
+            secrets=self._secrets,
         )
 
 

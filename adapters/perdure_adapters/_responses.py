@@ -188,6 +188,17 @@ class ResponseReader:
         else:
             self._end = _End("tool_calls" if self._called else "stop", "completed")
 
+    def catch_up(self, response: object) -> Iterator[Event]:
+        """Yield what is missing of a response whose stream can't be had; nothing unless it ended.
+
+        Raises:
+            PlatformError: It has ended without an answer.
+            StreamTruncated: What was read of it isn't its beginning.
+        """
+        if text_in(response, "status") in _ENDS:
+            self._gap = True
+            yield from self.settle(response)
+
     def finish(self) -> Completed:
         """Return the last event.
 

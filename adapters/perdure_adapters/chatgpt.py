@@ -155,10 +155,11 @@ class ChatGPTAdapter(AsyncBasePlatformAdapter):
     async def run(self, call: Call) -> AsyncGenerator[Event, None]:
         """Stream one response, or pick one up where it was read up to."""
         self._check_settings()
-        if self._api == "chat":
-            stream = self._complete(call)
-        elif call.resume is not None and call.resume.mode == "reattach":
+        # First, whatever the settings are now: asked anew, its answer would come twice.
+        if call.resume is not None and call.resume.mode == "reattach":
             stream = self._pick_up(call.resume)
+        elif self._api == "chat":
+            stream = self._complete(call)
         else:
             stream = self._respond(call)
         async with aclosing(stream):
@@ -226,19 +227,20 @@ class ChatGPTAdapter(AsyncBasePlatformAdapter):
         body = {"input": response_input(call), **response_parameters(call)}
         body["model"] = call.model or self.default_model
         background = wants_background(call, self._background)
+        if not background:  # without a word it would be stored there
+            body.setdefault("store", False)
         await load_sdk("openai", extra="chatgpt")
         client = self._clients.get()
         try:
-            stream = await self._open(client, body, background)
+            stream, refusal = await self._open(client, body, background)
         except InvalidRequest as error:
             raise _explained(error, call) from error.__cause__
         async with stream:
             await check_streams(stream, self._endpoint)
-            asked = background and self._refusal is None
             reader = ResponseReader(
                 stream.response.headers.get("x-request-id"),
-                self._refusal if background else None,
-                background=asked,
+                refusal,
+                background=background and refusal is None,
                 secrets=(self._endpoint.key,),
             )
             async with aclosing(self._read(client, stream, reader)) as events:
@@ -248,19 +250,21 @@ class ChatGPTAdapter(AsyncBasePlatformAdapter):
 
     async def _open(
         self, client: AsyncOpenAI, body: dict[str, Any], background: bool
-    ) -> AsyncStream[ResponseStreamEvent]:
-        """Return the opened stream, in the background unless the platform refuses that."""
-        refusal: str | None = None
-        if background and self._refusal is None:
+    ) -> tuple[AsyncStream[ResponseStreamEvent], str | None]:
+        """Return the opened stream and, where the platform refuses background, its words."""
+        if not background:
+            return await self._create(client, body), None
+        refusal = self._refusal
+        if refusal is None:
             try:
-                return await self._create(client, {**body, "background": True, "store": True})
+                return await self._create(client, {**body, "background": True, "store": True}), None
             except InvalidRequest as error:
                 if not _is_about_background(error):
                     raise
                 refusal = f"without background, so it can't be picked up: {error.message}"
         stream = await self._create(client, body)
-        self._refusal = refusal or self._refusal
-        return stream
+        self._refusal = refusal
+        return stream, refusal
 
     async def _create(
         self, client: AsyncOpenAI, body: dict[str, Any]
@@ -284,9 +288,8 @@ class ChatGPTAdapter(AsyncBasePlatformAdapter):
                     yield event
         if not reader.ended:
             whole = await self._whole(client, resume.response_id, wait=stream is None)
-            if text_in(whole, "status") not in _UNDER_WAY:
-                for event in reader.settle(whole):
-                    yield event
+            for event in reader.catch_up(whole):
+                yield event
         yield reader.finish()
 
     async def _reopen(

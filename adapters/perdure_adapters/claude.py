@@ -139,7 +139,11 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
                     errors=reading_errors(),
                     request_id=stream.response.headers.get("request-id"),
                 )
-                reader = MessagesReader(stream.response.headers.get("request-id"), before=reader)
+                reader = MessagesReader(
+                    stream.response.headers.get("request-id"),
+                    before=reader,
+                    secrets=(self._endpoint.key,),
+                )
                 while (event := await self._next(stream, reader)) is not _END:
                     for found in reader.feed(event):
                         yield found

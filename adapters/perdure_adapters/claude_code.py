@@ -295,9 +295,15 @@ def _used_a_tool(message: object) -> bool:
 
 
 def _checked_directory(named: str) -> Path:
-    path = Path(named).expanduser().absolute()
-    if not path.is_dir():
-        what = "is no directory" if path.exists() else "doesn't exist"
+    try:
+        path = Path(named).expanduser().absolute()
+        found, there = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, not to be seen
+        shown = f"{named[:100]}…" if len(named) > 100 else named
+        what = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequest(f"options.directory: {shown!r} can't be used: {what}") from error
+    if not found:
+        what = "is no directory" if there else "doesn't exist"
         raise InvalidRequest(f"options.directory: {named!r} {what}; make it first")
     if not os.access(path, os.R_OK | os.X_OK):
         raise InvalidRequest(f"options.directory: {named!r} can't be read by this user")

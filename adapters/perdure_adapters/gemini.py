@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 from perdure.adapter import Call, Capabilities
 from perdure.errors import InvalidRequest, NotConfigured, PlatformError, StreamTruncated
 from perdure.events import Event
+from perdure_adapters._endpoint import LAST_WORDS
 from perdure_adapters._gemini import (
     GeminiClient,
     GeminiEndpoint,
@@ -222,6 +223,8 @@ class GeminiAdapter(AsyncBasePlatformAdapter):
             raise typed_gemini_error(error, self._endpoint) from error
         except (ValueError, TypeError) as error:
             raise InvalidRequest(f"the request can't be put together: {error}") from error
+        except RecursionError as error:  # an answer that is nested without end
+            raise typed_gemini_error(error, self._endpoint) from error
         return self._checked_stream(stream)
 
     def _checked_stream(self, stream: object) -> object:
@@ -244,7 +247,7 @@ class GeminiAdapter(AsyncBasePlatformAdapter):
         after = cursor_event(cursor)
         try:
             stream = await interactions.get(response_id, stream=True, last_event_id=after)
-        except sdk_errors() as error:
+        except reading_errors() as error:
             raise self._lost(response_id, typed_gemini_error(error, self._endpoint)) from error
         reader = InteractionReader(
             background=True,
@@ -326,7 +329,10 @@ class GeminiAdapter(AsyncBasePlatformAdapter):
 
     async def _chunk(self, chunks: AsyncIterator[object], reader: GenerateReader) -> object:
         try:
-            return await self._next(chunks)
+            async with asyncio.timeout(LAST_WORDS if reader.ended else None):
+                return await self._next(chunks)
+        except TimeoutError:
+            return _END
         except PlatformError:
             # After the end marker only the count of tokens can be missing. The answer is whole,
             # and asking for it again would cost it again.

@@ -14,13 +14,14 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from perdure.errors import DatabaseCorrupt, DatabaseIncompatible
 from perdure.task import Usage
+from perdure.text import clean_text
 
 __all__ = [
     "ENDINGS",
@@ -53,6 +54,8 @@ __all__ = [
 
 ChunkKind: TypeAlias = Literal["text", "reasoning", "tool_call"]
 StartMode: TypeAlias = Literal["restart", "continue", "reattach"]
+# A platform's own word: a character that no database takes must not cost the answer, or the worker.
+Word: TypeAlias = Annotated[str, AfterValidator(clean_text)]
 
 
 class Event(BaseModel):
@@ -97,14 +100,14 @@ class Accepted(Event):
 
     type: ClassVar[str] = "accepted"
 
-    response_id: str | None = None
-    request_id: str | None = None
-    model: str | None = None
+    response_id: Word | None = None
+    request_id: Word | None = None
+    model: Word | None = None
     """The model that is really used."""
     reattachable: bool = False
     """Whether a lost connection to this response can be taken up again."""
-    cursor: str | None = None
-    note: str | None = None
+    cursor: Word | None = None
+    note: Word | None = None
     """Something to know about this attempt, such as a feature the platform refused."""
 
 
@@ -117,7 +120,7 @@ class Chunk(Event):
     kind: ChunkKind = "text"
     offset: int = 0
     """Characters of this kind before this piece. The worker fills it in."""
-    cursor: str | None = None
+    cursor: Word | None = None
     """Where the platform's stream goes on after this piece."""
     length: int | None = None
     """Characters there were, where the text was redacted."""
@@ -136,7 +139,7 @@ class FileCreated(Event):
 
     type: ClassVar[str] = "file_created"
 
-    path: str
+    path: Word
     size: int | None = None
     """Bytes."""
     digest: str | None = None
@@ -195,9 +198,9 @@ class Completed(Event):
     type: ClassVar[str] = "completed"
     ends_task: ClassVar[bool] = True
 
-    finish_reason: str = "stop"
+    finish_reason: Word = "stop"
     """`stop`, `length`, `tool_calls`, `content_filter`: the same words on every platform."""
-    platform_finish_reason: str | None = None
+    platform_finish_reason: Word | None = None
     usage: Usage | None = None
     """Tokens of the last attempt."""
     cost_usd: float | None = None

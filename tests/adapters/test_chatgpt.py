@@ -15,6 +15,7 @@ from responding import (
     a_call,
     accepted_of,
     adapter_for,
+    drain,
     end_of,
     run,
     run_to_error,
@@ -151,13 +152,18 @@ class TestBackground:
     async def test_it_can_be_switched_off(
         self, responses: ResponsesServer, options: dict[str, Any], how: dict[str, Any]
     ) -> None:
-        """By argument, by setting, by the task; what isn't stored can't be in the background."""
+        """By argument, by setting, by the task; nothing is stored at the platform then."""
         events = await run(responses, a_call(options=options), **how)
         assert "background" not in responses.posts[0].body
-        assert responses.posts[0].body.get("store") == options.get("store")
+        assert responses.posts[0].body["store"] is False
         accepted = accepted_of(events)
         assert (accepted.reattachable, accepted.cursor, accepted.note) == (False, None, None)
         assert not any(event.cursor for event in events if isinstance(event, Chunk))
+
+    async def test_it_can_be_stored_all_the_same(self, responses: ResponsesServer) -> None:
+        """Where the task says so: somebody may want to look it up there."""
+        await run(responses, a_call(options={"background": False, "store": True}))
+        assert responses.posts[0].body["store"] is True
 
     async def test_a_task_can_switch_it_on(self, responses: ResponsesServer) -> None:
         """Where the adapter was made without, the task's option counts."""
@@ -184,6 +190,16 @@ class TestBackground:
         asked = [post.body.get("background") for post in responses.posts]
         assert asked == [True, None, None]
         assert responses.generations.total() == 2
+
+    async def test_a_refusal_does_not_touch_what_runs(self, responses: ResponsesServer) -> None:
+        """A response that was taken into the background stays one, though another is refused."""
+        async with adapter_for(responses) as adapter:
+            taken = asyncio.create_task(drain(adapter, a_call(first_delay=0.3)))
+            await asyncio.to_thread(responses.wait_until_open, 1)
+            await drain(adapter, a_call(refuses="no background for this model"))
+            accepted = accepted_of(await taken)
+        assert accepted.reattachable
+        assert accepted.note is None
 
     async def test_a_platform_that_ignores_it(self, responses: ResponsesServer) -> None:
         """What doesn't say that it runs in the background can't be picked up; the log says so."""

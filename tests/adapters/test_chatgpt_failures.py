@@ -268,6 +268,31 @@ class TestPickUp:
         assert text_of(first + rest) == TEXT
         assert text_of(first + rest, "tool_call") == CALL_LINES
 
+    async def test_a_whole_that_says_something_else(self, responses: ResponsesServer) -> None:
+        """What was read isn't its beginning: the two don't make an answer."""
+        first, _ = await run_to_error(responses, a_call(cut_after=6, streams_again=False))
+        resume = replace(picked_up(first), output="Something else")
+        error = await failure(responses, a_call(resume=resume))
+        assert type(error) is StreamTruncated
+        assert error.response_over
+
+    @pytest.mark.parametrize("body", ["{}", "null", "[]", '"x"', '{"status": "odd"}'])
+    async def test_a_whole_that_is_none(self, responses: ResponsesServer, body: str) -> None:
+        """What doesn't say that it is an answer is none."""
+        call = a_call(cut_after=6, again_body=body)
+        first, _ = await run_to_error(responses, call)
+        error = await failure(responses, replace(call, resume=picked_up(first)))
+        assert type(error) is StreamTruncated
+        assert not error.response_over
+
+    async def test_with_chat_completions_meanwhile(self, responses: ResponsesServer) -> None:
+        """The settings were changed since: it is picked up all the same, and not asked anew."""
+        call = a_call(cut_after=6)
+        first, _ = await run_to_error(responses, call)
+        rest = await run(responses, replace(call, resume=picked_up(first)), api="chat")
+        assert text_of(first + rest) == TEXT
+        assert not responses.chats
+
     async def test_one_that_is_gone(self, responses: ResponsesServer) -> None:
         """A 404 is retryable, from the beginning: nothing is there to be picked up."""
         error = await failure(responses, a_call(resume=Resume("reattach", "", "resp_9", "3")))

@@ -298,6 +298,17 @@ class TestPauses:
         assert third["messages"] == [*second["messages"], said]
         assert end_of(seen).finish_reason == "stop"
 
+    async def test_a_text_without_text(self, messages_server: MessagesServer) -> None:
+        """The platform refuses it, though it is its own: it isn't sent back."""
+        for blocks, content in (
+            ([{"type": "text", "text": ""}, *SEARCH], [SEARCH]),
+            ([{"type": "text", "text": " "}], []),
+        ):
+            turns = [{}, {"stop_reason": "end_turn", "blocks": None}]
+            await run(messages_server, a_call(stop_reason="pause_turn", blocks=blocks, turns=turns))
+            said = messages_server.messages[-1].body["messages"][1:]
+            assert [turn["content"] for turn in said] == content
+
     async def test_tokens_of_all_its_parts_count(self, messages_server: MessagesServer) -> None:
         """The usage is the sum, and never goes down on the way."""
         call = a_call(stop_reason="pause_turn", turns=[{}, {"stop_reason": "end_turn"}])

@@ -605,6 +605,8 @@ class TestTheRequest:
         [
             ({"options": {"directory": "/nowhere/at/all"}}, "doesn't exist"),
             ({"options": {"directory": __file__}}, "is no directory"),
+            ({"options": {"directory": "~nobody-of-that-name/x"}}, "options.directory"),
+            ({"options": {"directory": "x" * 5000}}, "too long"),
             ({"options": {"directory": 5}}, "options.directory"),
             ({"options": {"max_turn": 5}}, "did you mean 'max_turns'"),
             ({"options": {"max_turns": "5"}}, "must be a whole number"),

@@ -152,6 +152,12 @@ class TestCutStreams:
         raw = [*events(Scenario())[:3], ("message", json.dumps(fault))]
         assert type(await failure(messages_server, a_call(raw=raw))) is RateLimited
 
+    async def test_an_error_that_quotes_the_key(self, messages_server: MessagesServer) -> None:
+        """What a gateway repeats of the request isn't written down."""
+        fault = {"type": "error", "error": {"type": "authentication_error", "message": KEY}}
+        raw = [*events(Scenario())[:3], ("message", json.dumps(fault))]
+        assert "***" in str(await failure(messages_server, a_call(raw=raw)))
+
     async def test_an_error_that_is_no_json(self, messages_server: MessagesServer) -> None:
         """What it says is in the message."""
         raw = [*events(Scenario())[:3], ("error", "upstream went away")]

@@ -87,6 +87,12 @@ class TestRequest:
         assert f"options.{name}" in str(error)
         assert not messages_server.seen
 
+    async def test_betas_are_a_list(self, messages_server: MessagesServer) -> None:
+        """One name alone would be sent letter by letter."""
+        error = await failure(messages_server, a_call(options={"betas": "a-1"}))
+        assert type(error) is InvalidRequest
+        assert "options.betas" in str(error)
+
     def test_options_join_and_replace(self) -> None:
         """Tools of the platform's own join the task's; other fields are replaced."""
         search = {"type": "web_search_20250305", "name": "web_search"}

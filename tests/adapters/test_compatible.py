@@ -13,6 +13,7 @@ from chatting import a_call, drain, end_of, failure, run, text_of
 from perdure.errors import (
     InvalidRequest,
     Overloaded,
+    StreamTruncated,
 )
 from perdure.events import Accepted, Chunk, UsageReported
 from perdure.task import Usage
@@ -105,6 +106,19 @@ class TestAnswer:
             {"id": "c", "name": "now", "arguments": {}},
         ]
         assert end_of(seen).finish_reason == "tool_calls"
+
+    @pytest.mark.parametrize("id_", [None, "a"])
+    async def test_calls_whose_pieces_are_mixed_up(
+        self, chat_server: ChatServer, id_: str | None
+    ) -> None:
+        """A piece of a call that was written down as whole makes no other call of it."""
+        deltas = [
+            _called(0, "a", "weather", ""),
+            _called(1, "b", "time", ""),
+            _called(0, id_, None, '{"city": "Ulm"}'),
+        ]
+        call = a_call(deltas=deltas, finish_reason="tool_calls")
+        assert type(await failure(chat_server, call)) is StreamTruncated
 
     async def test_an_empty_answer_is_an_answer(self, chat_server: ChatServer) -> None:
         """A model may say nothing at all and be done."""

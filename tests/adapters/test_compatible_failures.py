@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,16 @@ class TestCutStreams:
         assert text_of(seen) == TEXT
         end_of(seen)
 
+    async def test_a_connection_that_stays_open(
+        self, chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Once the finish reason was there, nobody waits for long for what may never come."""
+        monkeypatch.setattr("perdure_adapters._completions.LAST_WORDS", 0.2)
+        began = time.monotonic()
+        end_of(await run(chat_server, a_call(stall_after=BEFORE_THE_END + 1), read_timeout=10))
+        assert time.monotonic() - began < 5
+        chat_server.wait_until_idle()
+
     @pytest.mark.parametrize("after", range(BEFORE_THE_END + 1))
     async def test_a_malformed_chunk(self, chat_server: ChatServer, after: int) -> None:
         """Half a JSON object is an unreadable stream, wherever it comes before the end marker."""
@@ -93,6 +104,12 @@ class TestCutStreams:
         bare = '{"object": "error", "message": "too long", "code": 400}'
         error = await failure(chat_server, a_call(raw=[*events(Scenario())[:2], bare]))
         assert type(error) is InvalidRequest
+
+    async def test_an_error_that_quotes_the_key(self, chat_server: ChatServer) -> None:
+        """What a server repeats of the request isn't written down."""
+        bare = json.dumps({"object": "error", "message": f"no such key: {KEY}", "code": 401})
+        error = await failure(chat_server, a_call(raw=[bare]), api_key=KEY)
+        assert "no such key: ***" in str(error)
 
     async def test_an_answer_that_is_no_stream(self, chat_server: ChatServer) -> None:
         """A whole answer, or a web page, is a wrong address or server, not a lost connection."""

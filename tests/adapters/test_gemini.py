@@ -29,7 +29,7 @@ from perdure.task import Usage
 from perdure_adapters import GeminiAdapter
 from perdure_adapters._generate import FINISH_REASONS
 from servers.chat import nobody_listens
-from servers.gemini import TEXT, GeminiServer, Scenario, interaction_events
+from servers.gemini import TEXT, GeminiServer, Scenario, generate_events, interaction_events
 
 CALLS: tuple[dict[str, Any], ...] = (
     {"id": "a", "name": "weather", "pieces": ['{"city": ', '"Ulm"}']},
@@ -78,6 +78,27 @@ class TestStreaming:
         pieces = [e.text for e in seen if isinstance(e, Chunk) and e.kind == "tool_call"]
         assert pieces[1:3] == ['{"city": ', '"Ulm"}']
 
+    async def test_calls_that_come_at_once_keep_their_lines(
+        self, gemini_server: GeminiServer
+    ) -> None:
+        """A call with its arguments is kept whatever comes before its end, or in its place."""
+        begun, *_ = interaction_events(Scenario())
+        calls = [{"type": "function_call", **call} for call in CALLED[:2]]
+        said = {"type": "text", "text": "Now."}
+        raw = [
+            begun,
+            {"event_type": "step.start", "index": 0, "step": {"type": "model_output"}},
+            {"event_type": "step.start", "index": 1, "step": calls[0]},
+            {"event_type": "step.start", "index": 2, "step": calls[1]},
+            {"event_type": "step.delta", "index": 0, "delta": said, "event_id": "late"},
+            {"event_type": "step.stop", "index": 1},
+            {"event_type": "interaction.completed", "interaction": {"status": "requires_action"}},
+        ]
+        seen = await run(gemini_server, a_call(raw=raw))
+        assert lines_of(text_of(seen, "tool_call")) == CALLED[:2]
+        kinds = [e.kind for e in seen if isinstance(e, Chunk)]
+        assert kinds == ["tool_call", "tool_call", "text"]  # whoever goes on after "late" has both
+
     async def test_it_is_accepted_at_once(self, gemini_server: GeminiServer) -> None:
         """The interaction's name is known before its first word, and every chunk has a cursor."""
         seen = await run(gemini_server, a_call())
@@ -100,6 +121,17 @@ class TestStreaming:
         assert not seen[0].reattachable
         assert not any(e.cursor for e in seen if isinstance(e, Accepted | Chunk))
         assert gemini_server.asked[0].body.get("store", False) is False
+
+    async def test_a_connection_that_stays_open(
+        self, gemini_server: GeminiServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Once the finish reason was there, nobody waits for long for what may never come."""
+        monkeypatch.setattr("perdure_adapters.gemini.LAST_WORDS", 0.2)
+        began = time.monotonic()
+        chunks = len(generate_events(Scenario()))
+        call = a_call(stall_after=chunks)
+        end_of(await run(gemini_server, call, "generate", read_timeout=10))
+        assert time.monotonic() - began < 5
 
     async def test_what_a_newer_api_adds_is_passed_over(self, gemini_server: GeminiServer) -> None:
         """Events, steps and deltas nobody here has heard of do no harm."""
@@ -330,6 +362,26 @@ class TestPickingUp:
                 assert end_of(rest).finish_reason == "tool_calls"
                 assert end_of(rest).usage == end_of(whole).usage
         assert gemini_server.generations == 1
+
+    @pytest.mark.parametrize("replays", ["all", "last", "created"])
+    async def test_a_server_that_says_it_again(
+        self, gemini_server: GeminiServer, replays: str
+    ) -> None:
+        """From the beginning, from the last event on, or just its name: nothing comes twice."""
+        gemini_server.replays = replays
+        whole = await run(gemini_server, a_call(calls=CALLS))
+        accepted = whole[0]
+        assert isinstance(accepted, Accepted)
+        places: list[tuple[int, str | None]] = [(1, accepted.cursor)]
+        places += [(n, e.cursor) for n, e in enumerate(whole, start=1) if isinstance(e, Chunk)]
+        for read, cursor in places:
+            resume = Resume("reattach", text_of(whole[:read]), accepted.response_id, cursor)
+            rest = await run(gemini_server, a_call(resume=resume))
+            assert not any(isinstance(event, Accepted) for event in rest)
+            for kind in ("text", "reasoning", "tool_call"):
+                parts = text_of(whole[:read], kind) + text_of(rest, kind)
+                assert parts == text_of(whole, kind), (kind, cursor)
+            assert end_of(rest).finish_reason == "tool_calls"
 
     async def test_it_ended_while_nobody_listened(self, gemini_server: GeminiServer) -> None:
         """The rest is streamed all the same."""

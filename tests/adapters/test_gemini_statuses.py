@@ -16,6 +16,7 @@ from perdure.errors import (
     PlatformTimeout,
     QuotaExhausted,
     RateLimited,
+    StreamTruncated,
 )
 from servers.gemini import GeminiServer
 
@@ -142,3 +143,9 @@ async def test_an_error_with_status_200(gemini_server: GeminiServer, way: str) -
     """An error object instead of a stream is no answer."""
     body = json.dumps({"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}})
     await failure(gemini_server, a_call(body=body), way)
+
+
+async def test_an_answer_nested_without_end(gemini_server: GeminiServer, way: str) -> None:
+    """What can't even be decoded is a typed error like all others."""
+    error = await failure(gemini_server, a_call(body="[" * 5000), way)
+    assert type(error) in (StreamTruncated, InvalidRequest)

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -237,9 +238,13 @@ class TestSql:
         """Also where SQLite hasn't come up with anything yet."""
         endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
         process = start("sql", f"{endless} SELECT count(*) FROM n")
-        wait_until_busy(process)
-        process.send_signal(signal.SIGINT)
-        _out, err = process.communicate(timeout=60)
+        try:
+            wait_until_busy(process)
+            process.send_signal(signal.SIGINT)
+            _out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.communicate()
         assert (process.returncode, err) == (130, "")
 
     def test_closed_pipe(self, story: Path) -> None:
@@ -260,7 +265,7 @@ def wait_until_busy(process: subprocess.Popen[str]) -> None:
     if not files.exists():
         pytest.skip("there is no /proc to look at")
     latest = time.monotonic() + 60
-    while not any("perdure.db-shm" in str(link.readlink()) for link in _links(files)):
+    while not any("perdure.db-shm" in target for target in _targets(files)):
         assert time.monotonic() < latest
         time.sleep(0.01)
     before = _processor_time(process)
@@ -269,8 +274,12 @@ def wait_until_busy(process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def _links(folder: Path) -> list[Path]:
-    return [link for link in folder.iterdir() if link.is_symlink()]
+def _targets(folder: Path) -> list[str]:
+    found: list[str] = []
+    for link in folder.iterdir():
+        with suppress(OSError):  # it was closed meanwhile
+            found.append(str(link.readlink()))
+    return found
 
 
 def _processor_time(process: subprocess.Popen[str]) -> int:

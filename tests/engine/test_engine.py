@@ -926,6 +926,25 @@ async def test_odd_characters_in_output_do_no_harm(db: Path, sent: list[str], ke
     assert_sound(db)
 
 
+@pytest.mark.parametrize("odd", ["\x00", "\ud800"])
+async def test_odd_characters_in_names_do_no_harm(db: Path, odd: str) -> None:
+    """One bad character in what a platform calls things doesn't cost the answer."""
+    name, kept = f"a{odd}b", "a\ufffdb"
+    adapter = ScriptedAdapter(
+        Accepted(response_id=name, request_id=name, model=name, cursor=name, note=name),
+        FileCreated(path=name),
+        Chunk(text="Hello", cursor=name),
+        Completed(platform_finish_reason=name),
+    )
+    async with engine_on(db, adapter) as engine:
+        task_id = await engine.submit_task(ASK)
+        result = await engine.get_result(task_id, 30)
+    assert (result.output, result.model, result.files_created) == ("Hello", kept, (kept,))
+    words = [word for _, data in stored_events(db, task_id) for word in data.values()]
+    assert words.count(kept) == 8
+    assert_sound(db)
+
+
 async def test_huge_outputs_are_kept_whole(db: Path) -> None:
     """Megabytes in one piece, and in many, come out as they went in."""
     piece = "0123456789abcdef" * 64

@@ -112,12 +112,14 @@ class Interaction:
         self.status, self.over = status, True
         self.news.set()
 
-    async def follow(self, last_event_id: str | None) -> AsyncIterator[str]:
-        """Yield the events after one of them, those to come too."""
+    async def follow(self, last_event_id: str | None, replays: str = "") -> AsyncIterator[str]:
+        """Yield the events after one of them, those to come too, and what the server replays."""
         index = 0
-        if last_event_id is not None:
+        if last_event_id is not None and replays != "all":
             ids = [json.loads(event).get("event_id") for event in self.events]
-            index = ids.index(last_event_id) + 1
+            index = ids.index(last_event_id) + (replays != "last")
+        if replays == "created" and index > 1:
+            yield self.events[0]
         while True:
             news = self.news
             while index < len(self.events):
@@ -136,6 +138,7 @@ class GeminiServer(ChatServer):
         interactions: All interactions, by id.
         cancelled: Ids of those that were cancelled.
         picked_up: The `last_event_id` of all that came back, in order.
+        replays: What they are told though they know it: `all`, the `last` event, or `created`.
     """
 
     def __init__(self) -> None:
@@ -144,6 +147,7 @@ class GeminiServer(ChatServer):
         self.interactions: dict[str, Interaction] = {}
         self.cancelled: list[str] = []
         self.picked_up: list[str | None] = []
+        self.replays = ""
         self._generating: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -221,7 +225,7 @@ class GeminiServer(ChatServer):
         elif query.get("stream") == ["true"]:
             cursor = query.get("last_event_id", [None])[0]
             self.picked_up.append(cursor)
-            return await self._stream(response, Scenario(), found.follow(cursor))
+            return await self._stream(response, Scenario(), found.follow(cursor, self.replays))
         steps: list[Any] = []
         known = {"id": found.id, "status": found.status, "model": found.model, "steps": steps}
         return await response.whole(200, json.dumps(known))

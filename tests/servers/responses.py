@@ -72,6 +72,8 @@ class Scenario:
     ignores_background: bool = False
     again_status: int | None = None
     """The status of every GET for this response."""
+    again_body: str | None = None
+    """What every GET for this response is answered with."""
     streams_again: bool = True
     """Else a GET with `stream` is refused with a 400."""
     forgets: int = 0
@@ -234,6 +236,8 @@ class ResponsesServer(ChatServer):
         scenario = generation.scenario
         if scenario.again_status is not None:
             return await response.whole(scenario.again_status, _fault("not now"))
+        if scenario.again_body is not None:
+            return await response.whole(200, scenario.again_body)
         if query.get("stream") != ["true"]:
             return await response.whole(200, json.dumps(generation.whole()))
         if not scenario.streams_again:
