@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import signal
@@ -24,12 +23,6 @@ settings.register_profile(
     "perdure", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("perdure")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Run twice as many tests at a time as there are cores: many of them wait most of the time."""
-    return 2 * (os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

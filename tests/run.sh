@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sets up what the tests need in .venv, and runs them, several at a time. Arguments go to pytest:
+# Sets up what the tests need in .venv, and runs them on all cores. Arguments go to pytest:
 #
 #   sh tests/run.sh                       everything
 #   sh tests/run.sh -m "not kill and not model"   the fast part
