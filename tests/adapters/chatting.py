@@ -8,7 +8,7 @@ import pytest
 
 from perdure.adapter import Call, Resume
 from perdure.errors import PlatformError
-from perdure.events import Chunk, Completed, Event
+from perdure.events import Event
 from perdure.task import Task
 from perdure_adapters import CompatibleAdapter
 from servers.chat import ChatServer, Scenario, events
@@ -41,24 +41,3 @@ async def failure(server: ChatServer | str, call: Call, **how: Any) -> PlatformE
     assert "\n" not in str(caught.value)
     assert KEY not in str(caught.value)
     return caught.value
-
-
-def text_of(events: list[Event], kind: str = "text") -> str:
-    """Return the joined text of one kind."""
-    return "".join(e.text for e in events if isinstance(e, Chunk) and e.kind == kind)
-
-
-def end_of(events: list[Event]) -> Completed:
-    """Return the last event, which has to be the end."""
-    assert isinstance(events[-1], Completed)
-    return events[-1]
-
-
-async def drain(
-    adapter: CompatibleAdapter, call: Call, into: list[Event] | None = None
-) -> list[Event]:
-    """Read a call to its end; with ``into``, those events too that come before an error."""
-    seen = into if into is not None else []
-    async for event in adapter.run(call):
-        seen.append(event)
-    return seen

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from yielded import drain
 
 from perdure.adapter import Call, LoadedFile, Resume
 from perdure.errors import PlatformError
-from perdure.events import Chunk, Completed, Event
+from perdure.events import Event
 from perdure.task import Task
 from perdure_adapters import ClaudeAdapter
 from servers.messages import MessagesServer, Scenario, events
@@ -61,22 +62,3 @@ async def failure(server: MessagesServer | str, call: Call, **how: Any) -> Platf
     assert "\n" not in str(caught.value)
     assert KEY not in str(caught.value)
     return caught.value
-
-
-def text_of(events: list[Event], kind: str = "text") -> str:
-    """Return the joined text of one kind."""
-    return "".join(e.text for e in events if isinstance(e, Chunk) and e.kind == kind)
-
-
-def end_of(events: list[Event]) -> Completed:
-    """Return the last event, which has to be the end."""
-    assert isinstance(events[-1], Completed)
-    return events[-1]
-
-
-async def drain(adapter: ClaudeAdapter, call: Call, into: list[Event] | None = None) -> list[Event]:
-    """Read a call to its end; with ``into``, those events too that come before an error."""
-    seen = into if into is not None else []
-    async for event in adapter.run(call):
-        seen.append(event)
-    return seen

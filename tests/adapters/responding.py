@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from yielded import accepted_of, drain, text_of
 
 from perdure.adapter import Call, Resume
 from perdure.errors import PlatformError
@@ -46,16 +47,6 @@ async def run(server: ResponsesServer | str, call: Call, **how: Any) -> list[Eve
         return [event async for event in adapter.run(call)]
 
 
-async def drain(
-    adapter: ChatGPTAdapter, call: Call, into: list[Event] | None = None
-) -> list[Event]:
-    """Read a call to its end; with ``into``, those events too that come before an error."""
-    seen = into if into is not None else []
-    async for event in adapter.run(call):
-        seen.append(event)
-    return seen
-
-
 async def run_to_error(
     server: ResponsesServer | str, call: Call, **how: Any
 ) -> tuple[list[Event], PlatformError]:
@@ -73,23 +64,6 @@ async def run_to_error(
 async def failure(server: ResponsesServer | str, call: Call, **how: Any) -> PlatformError:
     """Return the error of a call that fails."""
     return (await run_to_error(server, call, **how))[1]
-
-
-def text_of(events: list[Event], kind: str = "text") -> str:
-    """Return the joined text of one kind."""
-    return "".join(e.text for e in events if isinstance(e, Chunk) and e.kind == kind)
-
-
-def accepted_of(events: list[Event]) -> Accepted:
-    """Return how the platform accepted it, which has to be told first."""
-    assert isinstance(events[0], Accepted)
-    return events[0]
-
-
-def end_of(events: list[Event]) -> Completed:
-    """Return the last event, which has to be the end."""
-    assert isinstance(events[-1], Completed)
-    return events[-1]
 
 
 def picked_up(events: list[Event]) -> Resume:

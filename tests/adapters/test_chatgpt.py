@@ -8,19 +8,8 @@ import time
 from typing import Any
 
 import pytest
-from responding import (
-    CALL_LINES,
-    CALLS,
-    KEY,
-    a_call,
-    accepted_of,
-    adapter_for,
-    drain,
-    end_of,
-    run,
-    run_to_error,
-    text_of,
-)
+from responding import CALL_LINES, CALLS, KEY, a_call, adapter_for, run, run_to_error
+from yielded import accepted_of, drain, end_of, text_of
 
 from perdure.errors import NotConfigured
 from perdure.events import Chunk, UsageReported

@@ -14,16 +14,13 @@ from responding import (
     CALLS,
     KEY,
     a_call,
-    accepted_of,
     adapter_for,
-    drain,
-    end_of,
     failure,
     picked_up,
     run,
     run_to_error,
-    text_of,
 )
+from yielded import accepted_of, drain, end_of, text_of
 
 from perdure import Engine, Task, TaskConstraints
 from perdure.adapter import Resume

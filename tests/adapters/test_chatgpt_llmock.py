@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from responding import accepted_of, end_of, run, run_to_error, text_of
+from responding import run, run_to_error
+from yielded import accepted_of, end_of, text_of
 
 from perdure import Engine, Task, TaskConstraints
 from perdure.adapter import Call

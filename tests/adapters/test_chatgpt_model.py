@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from responding import accepted_of, end_of, text_of
+from yielded import accepted_of, end_of, text_of
 
 from perdure.adapter import Call, Resume
 from perdure.events import Chunk, Event

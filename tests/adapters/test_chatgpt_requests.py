@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict
-from responding import a_call, end_of, failure, run, text_of
+from responding import a_call, failure, run
+from yielded import end_of, text_of
 
 from perdure.adapter import LoadedFile, Resume
 from perdure.errors import InvalidRequest

@@ -7,21 +7,8 @@ import time
 from typing import Any
 
 import pytest
-from messaging import (
-    ANSWER,
-    COUNT,
-    KEY,
-    RECORDED,
-    SAID,
-    THOUGHTS,
-    a_call,
-    an_adapter,
-    drain,
-    end_of,
-    failure,
-    run,
-    text_of,
-)
+from messaging import ANSWER, COUNT, KEY, RECORDED, SAID, THOUGHTS, a_call, an_adapter, failure, run
+from yielded import drain, end_of, text_of
 
 from perdure import Engine, Task
 from perdure.adapter import Adapter, Call

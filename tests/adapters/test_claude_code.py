@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from agents import KEY, Stage, a_call, events_of, kill, scenario
+from yielded import text_of
 
 from perdure import Task
 from perdure.adapter import Adapter, Call, LoadedFile, Resume
@@ -46,11 +47,6 @@ WORK = scenario(
 def stage(tmp_path: Path) -> Stage:
     """A directory, and the program."""
     return Stage.at(tmp_path)
-
-
-def text_of(events: Sequence[Event], kind: str = "text") -> str:
-    """Return what was said."""
-    return "".join(e.text for e in events if isinstance(e, Chunk) and e.kind == kind)
 
 
 async def failure_of(adapter: ClaudeCodeAdapter, call: Call) -> tuple[PlatformError, list[Event]]:

@@ -9,20 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from messaging import (
-    COUNT,
-    KEY,
-    RECORDED,
-    SAID,
-    THOUGHTS,
-    a_call,
-    an_adapter,
-    drain,
-    end_of,
-    failure,
-    run,
-    text_of,
-)
+from messaging import COUNT, KEY, RECORDED, SAID, THOUGHTS, a_call, an_adapter, failure, run
+from yielded import drain, end_of, text_of
 
 from perdure.errors import (
     AuthenticationFailed,

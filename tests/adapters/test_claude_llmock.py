@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from messaging import a_call, an_adapter, drain, end_of, text_of
+from messaging import a_call, an_adapter
+from yielded import drain, end_of, text_of
 
 from perdure import Engine, Result, Task, TaskConstraints, Tool
 from perdure.errors import (

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from messaging import drain, end_of, text_of
+from yielded import drain, end_of, text_of
 
 from perdure.adapter import Call, Resume
 from perdure.errors import InvalidRequest

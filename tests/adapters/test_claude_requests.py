@@ -9,8 +9,9 @@ import sys
 from typing import Any
 
 import pytest
-from messaging import KEY, a_call, an_adapter, drain, failure, run, text_of
+from messaging import KEY, a_call, an_adapter, failure, run
 from pydantic import BaseModel, Field
+from yielded import drain, text_of
 
 from perdure.adapter import Call, LoadedFile, Resume
 from perdure.errors import InvalidRequest, NotConfigured

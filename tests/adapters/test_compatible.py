@@ -8,7 +8,8 @@ import time
 from typing import Any
 
 import pytest
-from chatting import a_call, drain, end_of, failure, run, text_of
+from chatting import a_call, failure, run
+from yielded import drain, end_of, text_of
 
 from perdure.errors import (
     InvalidRequest,

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from chatting import BEFORE_THE_END, KEY, a_call, drain, end_of, failure, run, text_of
+from chatting import BEFORE_THE_END, KEY, a_call, failure, run
+from yielded import drain, end_of, text_of
 
 from perdure.errors import (
     AuthenticationFailed,

@@ -8,7 +8,8 @@ import json
 import sys
 
 import pytest
-from chatting import KEY, a_call, drain, failure, run, text_of
+from chatting import KEY, a_call, failure, run
+from yielded import drain, text_of
 
 from perdure.adapter import Call, LoadedFile, Resume
 from perdure.errors import (

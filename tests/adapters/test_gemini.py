@@ -9,8 +9,8 @@ import time
 from typing import Any
 
 import pytest
-from chatting import end_of, text_of
 from interacting import KEY, WAYS, a_call, adapter, failure, run
+from yielded import end_of, text_of
 
 from perdure.adapter import Resume
 from perdure.errors import (

@@ -7,8 +7,8 @@ import re
 from typing import Any
 
 import pytest
-from chatting import end_of, text_of
 from interacting import WAYS, a_call, adapter, failure, run
+from yielded import end_of, text_of
 
 from perdure.adapter import Call, LoadedFile, Resume
 from perdure.errors import InvalidRequest
