@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from perdure.errors import InvalidTask
-from perdure.text import check_json, check_text, one_line
+from perdure.text import check_json, check_text, clean_json, one_line
 
 __all__ = [
     "Attachment",
@@ -312,7 +312,9 @@ class Usage(BaseModel):
     cache_read_tokens: int | None = None
     cache_write_tokens: int | None = None
     reasoning_tokens: int | None = None
-    raw: dict[str, Any] | None = Field(default=None, repr=False)
+    raw: Annotated[dict[str, Any] | None, AfterValidator(clean_json)] = Field(
+        default=None, repr=False
+    )
     """What the platform said, in its own words."""
 
     @property

@@ -12,6 +12,7 @@ __all__ = [
     "JsonValue",
     "check_json",
     "check_text",
+    "clean_json",
     "clean_text",
     "one_line",
     "printable",
@@ -46,6 +47,18 @@ def clean_text(text: str) -> str:
     For what platforms send: an answer that was paid for is never refused for one bad character.
     """
     return text if text.isascii() and "\x00" not in text else _UNSTORABLE.sub("\ufffd", text)
+
+
+def clean_json(value: object) -> object:
+    """Return ``value`` with all text in it as `clean_text` leaves it; what is no JSON stays."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, dict):
+        members = cast("dict[object, object]", value)
+        return {clean_json(key): clean_json(item) for key, item in members.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean_json(item) for item in cast("Iterable[object]", value)]
+    return value
 
 
 def printable(text: str) -> str:

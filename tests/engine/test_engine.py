@@ -698,16 +698,6 @@ async def _yields_beyond_json(call: Call) -> AsyncGenerator[Any, None]:
     yield Completed(usage=Usage(input_tokens=1, raw={"what": object()}))
 
 
-async def _yields_surrogates_in_names(call: Call) -> AsyncGenerator[Any, None]:
-    yield Accepted(model="m\ud800")
-    yield Completed()
-
-
-async def _yields_surrogates_in_a_cursor(call: Call) -> AsyncGenerator[Any, None]:
-    yield Chunk(text="half", cursor="\udc00")
-    yield Completed()
-
-
 FAULTS = [
     _raises_at_once,
     _no_generator,
@@ -722,8 +712,6 @@ FAULTS = [
     _yields_an_ending_of_its_own,
     _yields_huge_numbers,
     _yields_beyond_json,
-    _yields_surrogates_in_names,
-    _yields_surrogates_in_a_cursor,
 ]
 
 
@@ -934,7 +922,9 @@ async def test_odd_characters_in_names_do_no_harm(db: Path, odd: str) -> None:
         Accepted(response_id=name, request_id=name, model=name, cursor=name, note=name),
         FileCreated(path=name),
         Chunk(text="Hello", cursor=name),
-        Completed(platform_finish_reason=name),
+        Completed(
+            platform_finish_reason=name, usage=Usage(input_tokens=1, raw={name: [{"of": name}]})
+        ),
     )
     async with engine_on(db, adapter) as engine:
         task_id = await engine.submit_task(ASK)
@@ -942,6 +932,8 @@ async def test_odd_characters_in_names_do_no_harm(db: Path, odd: str) -> None:
     assert (result.output, result.model, result.files_created) == ("Hello", kept, (kept,))
     words = [word for _, data in stored_events(db, task_id) for word in data.values()]
     assert words.count(kept) == 8
+    raw = stored_events(db, task_id)[-1][1]["usage"]["raw"]
+    assert raw == {kept: [{"of": kept}]}
     assert_sound(db)
 
 

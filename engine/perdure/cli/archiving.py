@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -56,6 +55,8 @@ async def archive(
     again; `perdure output ID --db FILE` shows what was said. Others go on working meanwhile. Tasks
     that an unfinished one goes on from stay.
     """
+    import asyncio
+
     moment = _moment(before)
     if dry_run:
         return _survey(session, moment)
