@@ -173,8 +173,7 @@ async def test_the_disk_is_full() -> None:
         server.execute("CREATE DATABASE own")
         url = server.url("own")
         Database(url).upgrade()
-        server.execute(f"CREATE TABLESPACE small LOCATION '{server.small}'")
-        server.execute("ALTER TABLE events SET TABLESPACE small", "own")
+        server.fill_up("own", "events")
         acknowledged: list[str] = []
         async with Engine.open(url, adapters=[DemoAdapter()], run=False) as engine:
             text = "".join(random.choices(ascii_letters, k=50_000))  # which can't be compressed
@@ -191,7 +190,7 @@ async def test_the_disk_is_full() -> None:
         async with Engine.open(url, adapters=[DemoAdapter()], settings=FAST) as engine:
             with pytest.raises(DatabaseUnavailable, match="no space left"):
                 await engine.run_until_done()
-        server.execute("ALTER TABLE events SET TABLESPACE pg_default", "own")
+        server.make_room("own", "events")
         async with Engine.open(url, adapters=[DemoAdapter()], settings=FAST) as engine:
             await asyncio.wait_for(engine.run_until_done(), PATIENCE)
         ended = query(url, "SELECT task_id FROM tasks WHERE status = 'completed'")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,13 @@ _SETTINGS = {
     "log_min_messages": "error",
     "deadlock_timeout": "200ms",
 }
+
+
+_NAMESPACE = ["unshare", "--user", "--mount", "--map-current-user", "--keep-caps"]
+_REFUSE = """
+    CREATE FUNCTION refuse_as_full() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN RAISE EXCEPTION 'no space left on device' USING ERRCODE = 'disk_full'; END $$
+"""
 
 
 def programs() -> Path:
@@ -119,13 +127,44 @@ class Server:
         """The folder that is a small disk of its own, to this server."""
         return self.directory / "small"
 
+    def fill_up(self, database: str, table: str) -> None:
+        """Have a table on the small disk; where no such can be made, refused as if it were full."""
+        if self._small_disk is not None and self._can_mount:
+            self.execute(f"CREATE TABLESPACE small LOCATION '{self.small}'")
+            self.execute(f"ALTER TABLE {table} SET TABLESPACE small", database)
+            return
+        self.execute(_REFUSE, database)
+        self.execute(
+            f"CREATE TRIGGER small BEFORE INSERT ON {table} FOR EACH ROW "
+            "WHEN (NEW.position > 50) EXECUTE FUNCTION refuse_as_full()",
+            database,
+        )
+
+    def make_room(self, database: str, table: str) -> None:
+        """Undo `fill_up`."""
+        if self._small_disk is not None and self._can_mount:
+            self.execute(f"ALTER TABLE {table} SET TABLESPACE pg_default", database)
+        else:
+            self.execute(f"DROP TRIGGER small ON {table}", database)
+
+    @cached_property
+    def _can_mount(self) -> bool:
+        """Whether this machine lets anybody mount in a namespace of their own; many don't."""
+        try:
+            tried = subprocess.run(
+                [*_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", str(self.small)],
+                capture_output=True, check=False, **self._as,
+            )  # fmt: skip
+        except FileNotFoundError:
+            return False
+        return tried.returncode == 0
+
     def _inside(self) -> list[str]:
         """Return what a program has to be started by to see the small disk."""
-        if self._small_disk is None:
+        if self._small_disk is None or not self._can_mount:
             return []
         mount = f'mount -t tmpfs -o size={self._small_disk} tmpfs "$0" && exec "$@"'
-        names = ["unshare", "--user", "--mount", "--map-current-user", "--keep-caps"]
-        return [*names, "sh", "-c", mount, str(self.small)]
+        return [*_NAMESPACE, "sh", "-c", mount, str(self.small)]
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server: `smart`, `fast` or `immediate`, as `pg_ctl stop` does."""
