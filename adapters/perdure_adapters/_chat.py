@@ -16,7 +16,7 @@ from perdure.errors import InvalidRequest, Overloaded, StreamTruncated
 from perdure.events import Accepted, Chunk, ChunkKind, Completed, Event, UsageReported
 from perdure.task import Tool, Usage
 from perdure_adapters._prompt import file_kind, file_text, follow_up, opening
-from perdure_adapters._reading import count_in, list_in, raw_form, text_in
+from perdure_adapters._reading import count_in, list_in, raw_form, text_in, value_in
 from perdure_adapters._sdk import typed_error
 from perdure_adapters._tools import ToolCallText
 
@@ -179,36 +179,40 @@ class ChatReader:
         """Whether the platform's own end marker has come: the answer is whole."""
         return self._finish_reason is not None
 
-    def feed(self, chunk: object) -> Iterator[Event]:
-        """Yield what ``chunk`` says.
+    def feed(self, chunk: object) -> Sequence[Event]:
+        """Return what ``chunk`` says.
 
         Raises:
             PlatformError: It says that the server failed.
         """
-        if getattr(chunk, "object", None) == "error":  # older servers, without an `error` around it
+        if value_in(chunk, "object") == "error":  # older servers, without an `error` around it
             raise typed_error(
                 text_in(chunk, "message") or "the server reported an error",
                 names=(str(getattr(chunk, "code", "")), text_in(chunk, "type")),
                 request_id=self._request_id,
                 secrets=self._secrets,
             )
+        said: list[Event] = []
         if not self._accepted:
             self._accepted = True
-            yield Accepted(
-                response_id=text_in(chunk, "id") or None,
-                request_id=self._request_id,
-                model=text_in(chunk, "model") or None,
-                note=self._note,
+            said.append(
+                Accepted(
+                    response_id=text_in(chunk, "id") or None,
+                    request_id=self._request_id,
+                    model=text_in(chunk, "model") or None,
+                    note=self._note,
+                )
             )
         choice = _first_choice(chunk)
         if choice is not None:
-            yield from self._delta(getattr(choice, "delta", None))
+            self._delta(value_in(choice, "delta"), said)
             self._finish_reason = text_in(choice, "finish_reason") or self._finish_reason
-        usage = getattr(chunk, "usage", None)
+        usage = value_in(chunk, "usage")
         if usage is not None:
             self._usage = chat_usage(usage)
             if choice is not None:
-                yield UsageReported(usage=self._usage)
+                said.append(UsageReported(usage=self._usage))
+        return said
 
     def finish(self) -> Iterator[Event]:
         """Yield what is left, `Completed` as the last.
@@ -235,23 +239,31 @@ class ChatReader:
         normal = "content_filter" if self._refused else _FINISH_REASONS.get(reason.lower(), "stop")
         yield Completed(finish_reason=normal, platform_finish_reason=reason, usage=self._usage)
 
-    def _delta(self, delta: object) -> Iterator[Event]:
+    def _delta(self, delta: object, said: list[Event]) -> None:
+        """Add to ``said`` what there is in a delta; called for each piece of each answer."""
         if delta is None:
             return
         reasoning = text_in(delta, "reasoning_content") or text_in(delta, "reasoning")
         if reasoning:
-            yield Chunk(text=reasoning, kind="reasoning")
-        for kind, text in _content(delta):
-            self._characters += len(text) if kind == "text" else 0
-            yield Chunk(text=text, kind=kind)
+            said.append(Chunk(text=reasoning, kind="reasoning"))
+        content = value_in(delta, "content")
+        if isinstance(content, str):
+            if content:
+                self._characters += len(content)
+                said.append(Chunk(text=content))
+        elif content is not None:
+            for kind, text in _parts(content):
+                self._characters += len(text) if kind == "text" else 0
+                said.append(Chunk(text=text, kind=kind))
         refusal = text_in(delta, "refusal")
         if refusal:
             self._refused = True
             self._characters += len(refusal)
-            yield Chunk(text=refusal)
-        called = "".join(self._tools.feed(call) for call in list_in(delta, "tool_calls"))
+            said.append(Chunk(text=refusal))
+        calls = list_in(delta, "tool_calls")
+        called = "".join([self._tools.feed(call) for call in calls]) if calls else ""
         if called:
-            yield Chunk(text=called, kind="tool_call")
+            said.append(Chunk(text=called, kind="tool_call"))
 
 
 class _ToolCalls:
@@ -294,17 +306,14 @@ class _ToolCalls:
 
 def _first_choice(chunk: object) -> object | None:
     for choice in list_in(chunk, "choices"):
-        if getattr(choice, "index", 0) in (0, None):
+        if value_in(choice, "index") in (0, None):
             return choice
     return None
 
 
-def _content(delta: object) -> Iterator[tuple[ChunkKind, str]]:
-    """Yield the pieces of a content; some servers send it as a list of typed parts."""
-    content = getattr(delta, "content", None)
-    if isinstance(content, str) and content:
-        yield "text", content
-    for part in list_in(delta, "content"):
+def _parts(content: object) -> Iterator[tuple[ChunkKind, str]]:
+    """Yield the pieces of a content that some servers send as a list of typed parts."""
+    for part in cast("list[object]", content) if isinstance(content, list) else ():
         if isinstance(part, Mapping):
             yield from _part(cast("Mapping[str, object]", part))
 

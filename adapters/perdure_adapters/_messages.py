@@ -93,30 +93,32 @@ class MessagesReader:
         raws = [*_raws(self._spent.raw), *_raws(here.raw)]
         return (self._spent + here).model_copy(update={"raw": {"responses": raws}})
 
-    def feed(self, event: object) -> Iterator[Event]:
-        """Yield what ``event`` says.
+    def feed(self, event: object) -> Sequence[Event]:
+        """Return what ``event`` says.
 
         Raises:
             PlatformError: It says that the platform failed.
             StreamTruncated: It can't follow what came before.
         """
-        match _text(event, "type"):
+        type_ = _text(event, "type")
+        if type_ == "content_block_delta":  # as most of all events are
+            return self._delta(_index(event), getattr(event, "delta", None))
+        match type_:
             case "message_start":
-                yield from self._start(getattr(event, "message", None))
+                return tuple(self._start(getattr(event, "message", None)))
             case "content_block_start":
-                yield from self._open(_index(event), getattr(event, "content_block", None))
-            case "content_block_delta":
-                yield from self._delta(_index(event), getattr(event, "delta", None))
+                return tuple(self._open(_index(event), getattr(event, "content_block", None)))
             case "content_block_stop":
-                yield from self._close(_index(event))
+                return tuple(self._close(_index(event)))
             case "message_delta":
-                yield from self._message_delta(event)
+                return tuple(self._message_delta(event))
             case "message_stop":
                 self.stopped = True
             case "error":  # where it came without its name, which the SDK looks at
                 self._fail(getattr(event, "error", None))
             case _:  # a ping, or what is yet to be invented
-                return
+                pass
+        return ()
 
     def finish(self) -> Iterator[Event]:
         """Yield what is left, `Completed` as the last.
@@ -172,13 +174,15 @@ class MessagesReader:
             yield Chunk(text=begun, kind="tool_call")
         yield from self._said(block.type, block.text(block.type))
 
-    def _delta(self, index: int, delta: object) -> Iterator[Event]:
-        block = self._blocks.setdefault(index, _Block({"type": "text", "text": ""}))
+    def _delta(self, index: int, delta: object) -> Sequence[Event]:
+        block = self._blocks.get(index)
+        if block is None:
+            block = self._blocks[index] = _Block({"type": "text", "text": ""})
         match _text(delta, "type"):
             case "text_delta":
-                yield from self._said("text", block.add("text", _text(delta, "text")))
+                return self._said("text", block.add("text", _text(delta, "text")))
             case "thinking_delta":
-                yield from self._said("thinking", block.add("thinking", _text(delta, "thinking")))
+                return self._said("thinking", block.add("thinking", _text(delta, "thinking")))
             case "signature_delta":
                 block.add("signature", _text(delta, "signature"))
             case "citations_delta":
@@ -187,9 +191,10 @@ class MessagesReader:
                 piece = _text(delta, "partial_json")
                 block.input += piece
                 if block.type == "tool_use":
-                    yield from self._arguments(index, piece)
+                    return tuple(self._arguments(index, piece))
             case _:
-                return
+                pass
+        return ()
 
     def _close(self, index: int) -> Iterator[Event]:
         block = self._blocks.get(index)
@@ -201,14 +206,13 @@ class MessagesReader:
         self._calling = None
         yield Chunk(text=self._tools.close(), kind="tool_call")
 
-    def _said(self, type_: str, text: str) -> Iterator[Event]:
-        if not text:
-            return
-        if type_ == "text":
+    def _said(self, type_: str, text: str) -> Sequence[Event]:
+        if text and type_ == "text":
             self._characters += len(text)
-            yield Chunk(text=text)
-        elif type_ == "thinking":
-            yield Chunk(text=text, kind="reasoning")
+            return (Chunk(text=text),)
+        if text and type_ == "thinking":
+            return (Chunk(text=text, kind="reasoning"),)
+        return ()
 
     def _arguments(self, index: int, piece: str) -> Iterator[Event]:
         if index != self._calling:
@@ -252,6 +256,7 @@ class _Block:
     def __init__(self, plain: dict[str, Any]) -> None:
         self.plain = plain
         self.input = ""
+        self._added: dict[str, list[str]] = {}
 
     @property
     def type(self) -> str:
@@ -259,10 +264,16 @@ class _Block:
 
     def text(self, name: str) -> str:
         value = self.plain.get(name)
-        return value if isinstance(value, str) else ""
+        begun = value if isinstance(value, str) else ""
+        return begun + "".join(self._added.get(name, ()))
 
     def add(self, name: str, piece: str) -> str:
-        self.plain[name] = self.text(name) + piece
+        """Add a piece to a text, and return it."""
+        pieces = self._added.get(name)
+        if pieces is None:
+            self._added[name] = [piece]
+        else:
+            pieces.append(piece)
         return piece
 
     def cite(self, citation: dict[str, Any]) -> None:
@@ -274,10 +285,11 @@ class _Block:
         Raises:
             StreamTruncated: They are no JSON.
         """
+        plain = {**self.plain, **{name: self.text(name) for name in self._added}}
         if not self.input.strip():
-            return self.plain
+            return plain
         try:
-            return {**self.plain, "input": json.loads(self.input)}
+            return {**plain, "input": json.loads(self.input)}
         except ValueError as error:
             raise StreamTruncated("the platform sent arguments that are no JSON") from error
 
