@@ -321,7 +321,8 @@ class Engine:
             TaskNotFound: There is no such task.
             TaskArchived: They are in an archive.
         """
-        if await self._records.status(task_id) is TaskStatus.UNKNOWN:
+        known = self.log.feed.knows_open(task_id)
+        if not known and await self._records.status(task_id) is TaskStatus.UNKNOWN:
             raise TaskNotFound(task_id)
         async for recorded in self.log.feed.follow(task_id, from_version):
             yield recorded

@@ -277,8 +277,9 @@ async def test_falling_behind_while_the_last_page_is_read(
 ) -> None:
     """What is dropped between the look at the last page and its end is fetched after it."""
     monkeypatch.setattr(feed_module, "MAILBOX", 3)
+    async with opened(database_url) as before:
+        await before.start("demo_1")  # elsewhere, or it would not have to be fetched at all
     async with opened(database_url) as store:
-        await store.start("demo_1")
         with gate(store) as (came, go):
             reading = asyncio.create_task(read(store, "demo_1"))
             await came.wait()  # it has seen two events, and nothing after them
@@ -286,6 +287,44 @@ async def test_falling_behind_while_the_last_page_is_read(
             go.set()
             await within_reason(reading)
         assert reading.result() == list(range(1, 14))
+
+
+async def test_what_began_here_is_read_without_asking(database_url: str) -> None:
+    """A reader that comes early is given what has passed by here, and then what comes."""
+    async with opened(database_url) as store:
+        await store.start("demo_1")
+
+        async def refuse(_statement: object) -> list[object]:
+            raise AssertionError("it was asked for")
+
+        store.database.rows = refuse  # type: ignore[method-assign, assignment]
+        reading = asyncio.create_task(read(store, "demo_1"))
+        await asyncio.sleep(0)
+        await say(store, "demo_1", 3)
+        await within_reason(reading)
+        assert reading.result() == list(range(1, 7))
+
+
+@pytest.mark.parametrize("how", ["many events", "long ones", "others committed"])
+async def test_what_began_here_and_is_kept_no_more(database_url: str, how: str) -> None:
+    """What is long, or what others have written to, is fetched."""
+    async with opened(database_url) as store, opened(database_url) as there:
+        await store.start("demo_1")
+        if how == "many events":
+            for offset in range(20):
+                await store.log.append("demo_1", [Chunk(text="a", offset=offset)], None)
+        elif how == "long ones":
+            await store.log.append("demo_1", [Chunk(text="a" * 20_000)], None)
+        else:
+            await there.log.append("demo_1", [CancelRequested(by="me")], None)
+        last = {"many events": 22, "long ones": 3, "others committed": 3}[how]
+        seen = []
+        async with asyncio.timeout(PATIENCE):
+            async for event in store.log.feed.follow("demo_1"):
+                seen.append(event.version)
+                if event.version == last:
+                    break
+        assert seen == list(range(1, last + 1))
 
 
 async def test_listening_since_others_committed_unheard(database_url: str) -> None:

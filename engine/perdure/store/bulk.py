@@ -95,7 +95,9 @@ Columns = Sequence[sa.Column[Any]]
 
 
 class _OnSqlite:
-    def __init__(self, table: sa.Table, columns: Columns, key: str | None, dialect: Dialect) -> None:
+    def __init__(
+        self, table: sa.Table, columns: Columns, key: str | None, dialect: Dialect
+    ) -> None:
         self.processors = processors_of([c.type for c in columns], dialect, binding=True)
         self.most = MOST_PARAMETERS // len(columns)
         self._group = f"({', '.join('?' * len(columns))})"
@@ -126,7 +128,9 @@ class _OnPostgresql:
     statement would belong to the session (see `postgresql`): a third of what is written a second.
     """
 
-    def __init__(self, table: sa.Table, columns: Columns, key: str | None, dialect: Dialect) -> None:
+    def __init__(
+        self, table: sa.Table, columns: Columns, key: str | None, dialect: Dialect
+    ) -> None:
         self.processors = [
             (index, process)
             for index, process in processors_of([c.type for c in columns], dialect, binding=True)
@@ -142,9 +146,7 @@ class _OnPostgresql:
             self._sql = f"INSERT INTO {table.name} ({names}) SELECT {values} {source}"  # noqa: S608
         else:
             changes = ", ".join(f"{name} = {value}" for name, value in given.items() if name != key)
-            self._sql = (
-                f"UPDATE {table.name} SET {changes} {source} WHERE {table.name}.{key} = {given[key]}"
-            )
+            self._sql = f"UPDATE {table.name} SET {changes} {source} WHERE {table.name}.{key} = {given[key]}"
         self._names = tuple(f"{name}" for name in given)  # orjson wants no subclass of str
 
     def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:

@@ -248,7 +248,9 @@ _BEAT: Final = Statement(
 
 def beat(tx: Transaction, worker: str) -> None:
     """Write down that a worker is alive."""
-    if _BEAT.change(tx.connection, tx.at, worker) == 0:  # it was away for long and declared lost; it may work on new tasks
+    if (
+        _BEAT.change(tx.connection, tx.at, worker) == 0
+    ):  # it was away for long and declared lost; it may work on new tasks
         register_worker(tx, worker)
 
 

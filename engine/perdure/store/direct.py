@@ -84,9 +84,7 @@ class _Compiled:
     def __init__(
         self, statement: sa.Select[Any] | sa.Update, names: tuple[str, ...], dialect: Dialect
     ) -> None:
-        compiled = statement.compile(
-            dialect=dialect, compile_kwargs={"render_postcompile": True}
-        )
+        compiled = statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
         assert isinstance(compiled, SQLCompiler)  # noqa: S101 - which it always is
         if not set(names) <= compiled.binds.keys():
             raise ValueError(f"a statement has the parameters {names}, and asks for others")

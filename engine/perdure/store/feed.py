@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from perdure.errors import EngineClosed, PerdureError, TaskArchived
 from perdure.events import Archived, RecordedEvent, decode
+from perdure.store.begun import Begun
 from perdure.store.database import Database
 from perdure.store.schema import events, log_head, streams
 
@@ -31,8 +32,6 @@ PAGE: Final = 500
 MAILBOX: Final = 2000
 # With more streams than that to follow, naming them all costs more than looking at every event.
 MOST_NAMED: Final = 200
-# Streams that are known to be open; others are looked up.
-MOST_OPEN: Final = 10_000
 # For what is being fetched when the log is closed: by a database that is gone, never.
 CATCH_UP_SECONDS: Final = 2.0
 
@@ -65,7 +64,7 @@ class Feed:
         self._database = database
         self._listeners: dict[str, list[Listener]] = {}
         self._seen = 0
-        self._open: set[str] = set()  # begun here, and not ended at `_seen`
+        self._begun = Begun()  # as it was at `_seen`
         self._fetching: asyncio.Task[None] | None = None
         self._stale = False
         self._unheard = False  # others committed something while nobody listened
@@ -88,7 +87,7 @@ class Feed:
         Who listens already is told of its end, if it has come since. A task's submission and its
         end mostly pass by here, so whoever waits for it need not look it up.
         """
-        return task_id in self._open
+        return task_id in self._begun
 
     # -- listening -------------------------------------------------------------------------------
 
@@ -135,17 +134,19 @@ class Feed:
             reader.fail(self._failed)  # what is there can be read; nothing more will come
         self._readers.add(reader)
         stop = self.listen(task_id, reader.receive)
+        begun = self._begun.events(task_id)
         try:
             while True:
                 # Before the replay: what is dropped while its last page is read must be noticed.
                 reader.behind = False
-                async for event in self._replay(task_id, after):
+                async for event in self._replay(task_id, after, begun):
                     if isinstance(event.event, Archived):  # nothing of what was asked for is here
                         raise TaskArchived(task_id, event.event.archive)
                     after = event.version
                     yield event
                     if event.event.ends_task:
                         return
+                begun = None
                 while not reader.behind:
                     new = await reader.next()
                     if new is None or new.version > after + 1 or isinstance(new.event, Archived):
@@ -178,8 +179,14 @@ class Feed:
             self._readers.discard(ending)
             ending.future.cancel()
 
-    async def _replay(self, task_id: str, after: int) -> AsyncGenerator[RecordedEvent, None]:
-        while True:
+    async def _replay(
+        self, task_id: str, after: int, begun: tuple[RecordedEvent, ...] | None
+    ) -> AsyncGenerator[RecordedEvent, None]:
+        """Yield what there is after a version: all of it is in ``begun``, if that isn't None."""
+        for event in begun or ():
+            if event.version > after:
+                yield event
+        while begun is None:
             page = await self._database.rows(
                 SELECT_EVENTS.where(streams.c.task_id == task_id, events.c.version > after)
                 .order_by(events.c.version)
@@ -197,24 +204,17 @@ class Feed:
         """Take what this process has committed, at the positions from ``first`` to ``last``."""
         if self._fetching is None and self._seen == first - 1:
             self._seen = last
-            self._note_open(committed)
+            self._begun.take(committed)
             self._deliver(committed)
         elif not self._listeners:
-            self._open.clear()  # others have written what was not seen
+            self._begun.forget()  # others have written what was not seen
             self._seen = max(self._seen, last)
         else:
             self._fetch()
 
-    def _note_open(self, committed: Sequence[RecordedEvent]) -> None:
-        for recorded in committed:
-            if recorded.version == 1 and len(self._open) < MOST_OPEN:
-                self._open.add(recorded.task_id)
-            if recorded.event.ends_task:
-                self._open.discard(recorded.task_id)
-
     def others_committed(self) -> None:
         """Take the news that another process has committed something."""
-        self._open.clear()
+        self._begun.forget()
         if self._listeners:
             self._fetch()
         else:
@@ -243,7 +243,7 @@ class Feed:
                     listener(event)
 
     def _fetch(self) -> None:
-        self._open.clear()  # only what somebody listens to is fetched
+        self._begun.forget()  # only what somebody listens to is fetched
         self._stale = True
         if self._fetching is None and self._failed is None:
             self._fetching = asyncio.get_running_loop().create_task(self._fetch_all())

@@ -99,8 +99,7 @@ _MOVE_STREAMS: Final = Statement(
 _CHANGING: Final = tuple(
     name
     for name in tasks.c.keys()  # noqa: SIM118 - columns, not a dict
-    if name
-    not in {"task_id", "type", "priority", "prompt", "batch", "key", "fingerprint"}
+    if name not in {"task_id", "type", "priority", "prompt", "batch", "key", "fingerprint"}
     and name not in {"parent", "retry_of", "labels", "submitted_at"}
 )
 _UPDATE_TASK: Final = Bulk(tasks, _CHANGING, key="stream_id")

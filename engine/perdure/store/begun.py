@@ -1,0 +1,81 @@
+"""Streams that began in this process and go on, with what they have so far while that is short.
+
+Whoever submits a task mostly waits for it, or reads it, at once: such a reader need not ask the
+database for what has just passed by here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from perdure.events import Chunk, RecordedEvent, Submitted
+
+__all__ = ["Begun"]
+
+MOST_STREAMS: Final = 10_000
+# Of so many streams the events are kept, as long as they are few and short.
+MOST_KEPT: Final = 1000
+MOST_EVENTS: Final = 10
+MOST_CHARACTERS: Final = 10_000
+
+
+@dataclass(slots=True)
+class _Kept:
+    events: list[RecordedEvent] = field(default_factory=list[RecordedEvent])
+    characters: int = 0
+
+
+class Begun:
+    """What is known of open streams without asking; it may always be forgotten."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, _Kept | None] = {}
+        self._kept = 0
+
+    def __contains__(self, task_id: str) -> bool:
+        return task_id in self._streams
+
+    def events(self, task_id: str) -> tuple[RecordedEvent, ...] | None:
+        """Return all events of a stream; None where they are not kept."""
+        kept = self._streams.get(task_id)
+        return None if kept is None else tuple(kept.events)
+
+    def take(self, committed: Iterable[RecordedEvent]) -> None:
+        """Take what was committed, of which nothing may be left out since `forget`."""
+        for recorded in committed:
+            task_id = recorded.task_id
+            if recorded.version == 1 and len(self._streams) < MOST_STREAMS:
+                keep = self._kept < MOST_KEPT
+                self._kept += keep
+                self._streams[task_id] = _Kept() if keep else None
+            if recorded.event.ends_task:
+                self._kept -= self._streams.pop(task_id, None) is not None
+                continue
+            kept = self._streams.get(task_id)
+            if kept is None:
+                continue
+            kept.events.append(recorded)
+            kept.characters += _characters(recorded)
+            if len(kept.events) > MOST_EVENTS or kept.characters > MOST_CHARACTERS:
+                self._streams[task_id] = None
+                self._kept -= 1
+
+    def forget(self) -> None:
+        """Forget everything: somebody has written what was not seen."""
+        self._streams.clear()
+        self._kept = 0
+
+
+def _characters(recorded: RecordedEvent) -> int:
+    event = recorded.event
+    if type(event) is Chunk:
+        return len(event.text)
+    if type(event) is Submitted:
+        task = event.task
+        messages = task.get("messages") or ()
+        return len(task.get("prompt") or "") + sum(
+            len(turn.get("content") or "") for turn in messages
+        )
+    return 0
