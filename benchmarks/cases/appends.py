@@ -164,7 +164,7 @@ class _Unchained(Transaction):
 
 
 _INSERT: Final = Bulk(
-    events.insert(),
+    events,
     (
         *("position", "stream_id", "version", "type", "schema_version"),
         *("data", "recorded_at", "digest"),

@@ -50,10 +50,10 @@ MOST_TASKS: Final = 200
 MOST_EVENTS: Final = 5000
 
 _EVENT_COLUMNS: Final = tuple(events.c.keys())
-_INSERT_EVENT: Final = Bulk(sa.insert(events), _EVENT_COLUMNS)
-_INSERT_STREAM: Final = Bulk(sa.insert(streams), tuple(streams.c.keys()))
-_INSERT_TASK: Final = Bulk(sa.insert(tasks), tuple(tasks.c.keys()))
-_INSERT_GAP: Final = Bulk(sa.insert(gaps), tuple(gaps.c.keys()))
+_INSERT_EVENT: Final = Bulk(events, _EVENT_COLUMNS)
+_INSERT_STREAM: Final = Bulk(streams, tuple(streams.c.keys()))
+_INSERT_TASK: Final = Bulk(tasks, tuple(tasks.c.keys()))
+_INSERT_GAP: Final = Bulk(gaps, tuple(gaps.c.keys()))
 
 
 @dataclass(frozen=True, slots=True)

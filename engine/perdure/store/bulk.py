@@ -2,25 +2,27 @@
 
 SQLAlchemy builds the parameters of an executemany anew for each row, which took a third of the
 writer's time, and a `Row` around each row of a result, which took two thirds of the time to verify
-a log. Here a statement of Core is compiled once per dialect, and rows go to the driver and come
-from it as they are, each value by the processor of its column's type.
+a log. Here rows go to the driver and come from it as they are, each value by the processor of its
+column's type, and one statement takes many of them (see `direct`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+import orjson
 import sqlalchemy as sa
 from sqlalchemy import Connection, Dialect
-from sqlalchemy.sql.compiler import SQLCompiler
+
+from perdure.store.direct import execute, processed, processors_of
 
 __all__ = ["Bulk", "plain_rows"]
 
-# With the columns of `tasks`, far below the number of parameters a statement may have.
-MOST_TOGETHER: Final = 64
-
-Processor = Callable[[Any], Any]
+# Far below the number of parameters that a statement may have.
+MOST_PARAMETERS: Final = 8192
+# One parameter for all of them; so many, that it does not grow without limit.
+MOST_AS_JSON: Final = 1000
 
 
 def plain_rows(
@@ -29,118 +31,121 @@ def plain_rows(
     """Yield the rows of a query as plain tuples, fetching ``size`` of them at a time."""
     result = connection.execute(statement)
     try:
-        processors: list[tuple[int, Processor]] = []
-        for index, column in enumerate(statement.selected_columns):
-            kind = column.type.dialect_impl(connection.dialect)
-            process = kind.result_processor(connection.dialect, None)
-            if process is not None:
-                processors.append((index, process))
+        types = [column.type for column in statement.selected_columns]
+        processors = processors_of(types, connection.dialect, binding=False)
         cursor = result.cursor
         while cursor is not None and (rows := cursor.fetchmany(size)):
-            yield from [_processed(row, processors) for row in rows] if processors else rows
+            yield from [processed(row, processors) for row in rows] if processors else rows
     finally:
         result.close()
 
 
-def _processed(row: Sequence[Any], processors: Sequence[tuple[int, Processor]]) -> tuple[Any, ...]:
-    values = list(row)
-    for index, process in processors:
-        values[index] = process(values[index])
-    return tuple(values)
-
-
 class Bulk:
-    """An INSERT or UPDATE to be executed for many rows.
+    """Rows to be inserted into a table, or to be changed there. They hold nothing binary but digests.
 
     Args:
-        statement: What to execute; for each name it has a column or a bind parameter.
-        names: What the values of a row are, in their order.
+        table: Which.
+        names: The columns that are given, in their order.
+        key: The column, one of them, whose row is changed; None to insert.
     """
 
-    def __init__(self, statement: sa.Insert | sa.Update, names: Sequence[str]) -> None:
-        self._statement = statement
-        self._names: Final = tuple(names)
-        self._compiled: dict[str, _Compiled] = {}
+    def __init__(self, table: sa.Table, names: Sequence[str], *, key: str | None = None) -> None:
+        self._columns: Final = tuple(table.c[name] for name in names)
+        self._table: Final = table
+        self._key: Final = key
+        self._compiled: dict[str, _OnSqlite | _OnPostgresql] = {}
 
     def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
-        """Execute the statement once for each row; without rows nothing happens."""
+        """Write the rows; without any nothing happens."""
         if rows:
             self.execute_bound(connection, self.bound(connection.dialect, rows))
 
     def execute_bound(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
-        """Execute the statement once for each row that `bound` has returned."""
+        """Write rows that `bound` has returned."""
         if rows:
-            for sql, parameters in self._compiled_for(connection.dialect).calls(rows):
-                connection.exec_driver_sql(sql, parameters)
+            compiled = self._compiled_for(connection.dialect)
+            for begin in range(0, len(rows), compiled.most):
+                compiled.execute(connection, rows[begin : begin + compiled.most])
 
     def bound(self, dialect: Dialect, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
-        """Return the rows as the driver would get them, values in the order of the names."""
-        return self._compiled_for(dialect).bound(rows)
+        """Return the rows as the driver would get them."""
+        processors = self._compiled_for(dialect).processors
+        if processors:
+            return [processed(row, processors) for row in rows]
+        return [tuple(row) for row in rows]
 
-    def _compiled_for(self, dialect: Dialect) -> _Compiled:
+    def _compiled_for(self, dialect: Dialect) -> _OnSqlite | _OnPostgresql:
         compiled = self._compiled.get(dialect.name)
         if compiled is None:
-            compiled = _Compiled(self._statement, self._names, dialect)
+            make = _OnPostgresql if dialect.name == "postgresql" else _OnSqlite
+            compiled = make(self._table, self._columns, self._key, dialect)
             self._compiled[dialect.name] = compiled
         return compiled
 
 
-class _Compiled:
-    def __init__(
-        self, statement: sa.Insert | sa.Update, names: tuple[str, ...], dialect: Dialect
-    ) -> None:
-        columns = list(names) if isinstance(statement, sa.Insert) else None
-        compiled = statement.compile(dialect=dialect, column_keys=columns)
-        assert isinstance(compiled, SQLCompiler)  # noqa: S101 - which DML always is
-        self.sql = str(compiled)
-        self._names = None if compiled.positional else names
-        order = compiled.positiontup if compiled.positional else names
-        if order is None or set(order) != set(names) or len(order) != len(names):
-            raise ValueError(f"a bulk statement has the values {names}, and asks for {order}")
-        self._order = None if tuple(order) == names else tuple(names.index(name) for name in order)
-        processors: list[tuple[int, Processor]] = []
-        for index, name in enumerate(names):
-            kind = compiled.binds[name].type
-            process = kind.dialect_impl(dialect).bind_processor(dialect)
-            if process is not None:
-                processors.append((index, process))
-        self._processors = processors
-        # SQLite's driver gives other threads a turn at each row of an executemany, and then has to
-        # wait for its own: where the event loop is busy, for milliseconds. So an INSERT takes many
-        # rows at once, in powers of two, so that there are few statements to prepare.
-        group = f"({', '.join('?' * len(names))})"
-        single = compiled.positional and self.sql.count(group) == 1
-        self._group = group if single and isinstance(statement, sa.Insert) else None
-        self._sql_of: dict[int, str] = {}
+Columns = Sequence[sa.Column[Any]]
 
-    def bound(self, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
-        processors = self._processors
-        if processors:
-            return [_processed(row, processors) for row in rows]
-        return [tuple(row) for row in rows]
 
-    def calls(self, rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
-        """Yield SQL and parameters, as often as it takes to execute it for all these rows."""
-        if self._names is not None:
-            yield self.sql, [dict(zip(self._names, row, strict=True)) for row in rows]
-            return
-        order = self._order
-        if order is not None:
-            rows = [tuple([row[index] for index in order]) for row in rows]
-        if self._group is None:
-            yield self.sql, list(rows)
-            return
+class _OnSqlite:
+    def __init__(self, table: sa.Table, columns: Columns, key: str | None, dialect: Dialect) -> None:
+        self.processors = processors_of([c.type for c in columns], dialect, binding=True)
+        self.most = MOST_PARAMETERS // len(columns)
+        self._group = f"({', '.join('?' * len(columns))})"
+        names = [column.name for column in columns]
+        if key is None:
+            self._begin = f"INSERT INTO {table.name} ({', '.join(names)}) VALUES "  # noqa: S608
+            self._end = ""
+        else:
+            given = {name: f"given.column{number}" for number, name in enumerate(names, 1)}
+            changes = ", ".join(f"{name} = {given[name]}" for name in names if name != key)
+            self._begin = f"UPDATE {table.name} SET {changes} FROM (VALUES "
+            self._end = f") AS given WHERE {table.name}.{key} = {given[key]}"
+
+    def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
         begin = 0
-        while begin < len(rows):
-            size = min(MOST_TOGETHER, 1 << (len(rows) - begin).bit_length() - 1)
+        while begin < len(rows):  # in powers of two, so that there are few statements to prepare
+            size = 1 << (len(rows) - begin).bit_length() - 1
+            sql = f"{self._begin}{', '.join([self._group] * size)}{self._end}"
             part = rows[begin : begin + size]
-            yield self._together(size), tuple([value for row in part for value in row])
+            execute(connection, sql, [value for row in part for value in row])
             begin += size
 
-    def _together(self, size: int) -> str:
-        sql = self._sql_of.get(size)
-        if sql is None:
-            assert self._group is not None  # noqa: S101 - the caller has looked
-            sql = self.sql.replace(self._group, ", ".join([self._group] * size))
-            self._sql_of[size] = sql
-        return sql
+
+class _OnPostgresql:
+    """All rows as one JSON text, so that one short statement is sent and planned.
+
+    Without that each row of an executemany is parsed and planned by itself, for a prepared
+    statement would belong to the session (see `postgresql`): a third of what is written a second.
+    """
+
+    def __init__(self, table: sa.Table, columns: Columns, key: str | None, dialect: Dialect) -> None:
+        self.processors = [
+            (index, process)
+            for index, process in processors_of([c.type for c in columns], dialect, binding=True)
+            if not isinstance(columns[index].type, sa.LargeBinary)  # JSON has text for it
+        ]
+        self.most = MOST_AS_JSON
+        types = {c.name: c.type.compile(dialect).split(" COLLATE")[0] for c in columns}
+        given = {name: f"given.{name}::{kind}" for name, kind in types.items()}
+        described = ", ".join(f"{name} text" for name in types)
+        source = f"FROM json_to_recordset(%s::json) AS given({described})"
+        if key is None:
+            names, values = ", ".join(given), ", ".join(given.values())
+            self._sql = f"INSERT INTO {table.name} ({names}) SELECT {values} {source}"  # noqa: S608
+        else:
+            changes = ", ".join(f"{name} = {value}" for name, value in given.items() if name != key)
+            self._sql = (
+                f"UPDATE {table.name} SET {changes} {source} WHERE {table.name}.{key} = {given[key]}"
+            )
+        self._names = tuple(f"{name}" for name in given)  # orjson wants no subclass of str
+
+    def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
+        names = self._names
+        data = orjson.dumps([dict(zip(names, row, strict=True)) for row in rows], default=_hexed)
+        execute(connection, self._sql, (data.decode(),))
+
+
+def _hexed(value: object) -> str:
+    if isinstance(value, (bytes, memoryview)):
+        return f"\\x{value.hex()}"
+    raise TypeError(f"{type(value).__name__} is no value of a column")

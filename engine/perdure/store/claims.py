@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform as host_platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -16,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from perdure.events import Event, Running, Submitted, decode
 from perdure.lifecycle import TaskState
 from perdure.store.database import Database
+from perdure.store.direct import Statement, is_among
 from perdure.store.projection import TaskFold
 from perdure.store.schema import blobs, events, streams, tasks, workers
 from perdure.store.transaction import IN_LIMIT, Transaction, chunks_of
@@ -100,16 +102,7 @@ def claim(
         scope: Which ones.
         models: Platform -> the model to use where a task names none.
     """
-    due = tx.connection.scalars(
-        sa.select(tasks.c.task_id)
-        .where(tasks.c.status == "pending", tasks.c.available_at <= tx.at, *scope.conditions())
-        .join(streams, streams.c.stream_id == tasks.c.stream_id)
-        .order_by(tasks.c.priority, tasks.c.stream_id)
-        .limit(limit)
-        # The stream is what everyone locks first, before any row of `tasks`.
-        .with_for_update(skip_locked=True, of=streams)
-    ).all()
-    folds = _folds(tx, due)
+    folds = _folds(tx, _due_tasks(tx, scope, limit))
     asked = _submitted(tx, folds.values())
     claimed: list[Claimed] = []
     for task_id, fold in folds.items():
@@ -131,6 +124,45 @@ def claim(
     return claimed
 
 
+def _due_tasks(tx: Transaction, scope: Scope, limit: int) -> list[str]:
+    given: dict[sa.Column[Any], Collection[str]] = {}
+    if scope.platforms is not None:
+        given[tasks.c.platform] = scope.platforms
+    if scope.batch is not None:
+        given[tasks.c.batch] = (scope.batch,)
+    if scope.task_ids is not None:
+        given[tasks.c.task_id] = scope.task_ids
+    rows = _due(tuple(given)).rows(tx.connection, tx.at, limit, *given.values())
+    return [task_id for (task_id,) in rows]
+
+
+@cache
+def _due(restricted: tuple[sa.Column[Any], ...]) -> Statement:
+    """Return the statement for what is due, where some columns have one of the values given."""
+    return Statement(
+        sa.select(tasks.c.task_id)
+        .where(
+            tasks.c.status == sa.literal_column("'pending'"),  # so that its index can be used
+            tasks.c.available_at <= sa.bindparam("now", type_=tasks.c.available_at.type),
+            *(is_among(column, f"of_{column.name}") for column in restricted),
+        )
+        .join(streams, streams.c.stream_id == tasks.c.stream_id)
+        .order_by(tasks.c.priority, tasks.c.stream_id)
+        .limit(sa.bindparam("most", type_=sa.Integer()))
+        # The stream is what everyone locks first, before any row of `tasks`.
+        .with_for_update(skip_locked=True, of=streams),
+        ("now", "most", *(f"of_{column.name}" for column in restricted)),
+    )
+
+
+_FIRST_EVENTS: Final = Statement(
+    sa.select(events.c.stream_id, events.c.type, events.c.schema_version, events.c.data).where(
+        is_among(events.c.stream_id, "stream_ids"), events.c.version == 1
+    ),
+    ("stream_ids",),
+)
+
+
 def _folds(tx: Transaction, task_ids: Sequence[str]) -> dict[str, TaskFold]:
     tx.prefetch(task_ids)
     found = {task_id: tx.fold(task_id) for task_id in task_ids}
@@ -142,18 +174,11 @@ def _submitted(tx: Transaction, folds: Iterable[TaskFold]) -> dict[int, Submitte
     found: dict[int, Submitted] = {}
     stream_ids = [fold.stream_id for fold in folds]
     for begin in range(0, len(stream_ids), IN_LIMIT):
-        rows = tx.connection.execute(
-            sa.select(
-                events.c.stream_id, events.c.type, events.c.schema_version, events.c.data
-            ).where(
-                events.c.stream_id.in_(stream_ids[begin : begin + IN_LIMIT]),
-                events.c.version == 1,
-            )
-        )
-        for row in rows:
-            event = decode(row.type, row.schema_version, row.data)
+        part = stream_ids[begin : begin + IN_LIMIT]
+        for stream_id, type_, schema_version, data in _FIRST_EVENTS.rows(tx.connection, part):
+            event = decode(type_, schema_version, data)
             if isinstance(event, Submitted):
-                found[row.stream_id] = event
+                found[stream_id] = event
     return found
 
 
@@ -215,12 +240,17 @@ def register_worker(tx: Transaction, worker: str) -> None:
     )
 
 
+_BEAT: Final = Statement(
+    sa.update(workers)
+    .where(workers.c.worker_id == sa.bindparam("worker"))
+    .values(heartbeat_at=sa.bindparam("at")),
+    ("at", "worker"),
+)
+
+
 def beat(tx: Transaction, worker: str) -> None:
     """Write down that a worker is alive."""
-    changed = tx.connection.execute(
-        sa.update(workers).where(workers.c.worker_id == worker).values(heartbeat_at=tx.at)
-    )
-    if changed.rowcount == 0:  # it was away for long and declared lost; it may work on new tasks
+    if _BEAT.change(tx.connection, tx.at, worker) == 0:  # it was away for long and declared lost; it may work on new tasks
         register_worker(tx, worker)
 
 

@@ -50,7 +50,7 @@ _Values = Sequence[Any]
 
 _COLUMNS: Final = tuple(tasks.c.keys())
 _values_of: Final = cast("Callable[[Mapping[str, Any]], _Values]", itemgetter(*_COLUMNS))
-_INSERT: Final = Bulk(sa.insert(tasks), _COLUMNS)
+_INSERT: Final = Bulk(tasks, _COLUMNS)
 _SURPLUS: Final = tasks.c.stream_id.not_in(sa.select(streams.c.stream_id))
 
 

@@ -36,6 +36,7 @@ from perdure.store.dialect import (
     refuse_old,
     stored_revision,
 )
+from perdure.store.direct import execute
 from perdure.store.readonly import (
     BUSY_SECONDS,
     Reader,
@@ -368,7 +369,7 @@ def _begin(connection: Connection) -> None:
 
 
 def _begin_immediate(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    execute(connection, "BEGIN IMMEDIATE", ())
 
 
 @contextlib.contextmanager

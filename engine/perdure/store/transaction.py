@@ -38,6 +38,7 @@ from perdure.events import (
     encode,
 )
 from perdure.store.bulk import Bulk
+from perdure.store.direct import Statement, is_among
 from perdure.store.projection import TaskFold
 from perdure.store.schema import blobs, events, log_head, streams, tasks
 
@@ -47,65 +48,68 @@ __all__ = ["FoldCache", "Transaction", "chunks_of"]
 IN_LIMIT: Final = 500
 
 # Made once: for small transactions, making a statement costs more than executing it.
-_FIND_STREAMS: Final = (
+_FIND_STREAMS: Final = Statement(
     sa.select(streams.c.task_id, streams.c.stream_id, streams.c.version)
-    .where(streams.c.task_id.in_(sa.bindparam("task_ids", expanding=True)))
+    .where(is_among(streams.c.task_id, "task_ids"))
     .order_by(streams.c.task_id)
-    .with_for_update()
+    .with_for_update(),
+    ("task_ids",),
 )
-_HEAD: Final = sa.select(log_head).with_for_update()
-_LOOK_AT_HEAD: Final = sa.select(log_head)
-_MOVE_HEAD: Final = sa.update(log_head).values(
-    position=sa.bindparam("to_position"), digest=sa.bindparam("to_digest")
+_LOOK_AT_HEAD: Final = Statement(
+    sa.select(log_head.c.position, log_head.c.digest, log_head.c.archive_of)
 )
-_INSERT_STREAM: Final = Bulk(sa.insert(streams), ("stream_id", "task_id", "version"))
+_HEAD: Final = Statement(
+    sa.select(log_head.c.position, log_head.c.digest, log_head.c.archive_of).with_for_update()
+)
+_MOVE_HEAD: Final = Statement(
+    sa.update(log_head).values(
+        position=sa.bindparam("to_position"), digest=sa.bindparam("to_digest")
+    ),
+    ("to_position", "to_digest"),
+)
+_INSERT_STREAM: Final = Bulk(streams, ("stream_id", "task_id", "version"))
 _INSERT_EVENT: Final = Bulk(
-    sa.insert(events),
+    events,
     (
         *("position", "stream_id", "version", "type", "schema_version"),
         *("data", "recorded_at", "digest"),
     ),
 )
-_INSERT_TASK: Final = Bulk(sa.insert(tasks), tasks.c.keys())
+_INSERT_TASK: Final = Bulk(tasks, tasks.c.keys())
 # Locked where that is possible, so that no redaction takes one away that is about to be named.
-_KNOWN_BLOBS: Final = (
+_KNOWN_BLOBS: Final = Statement(
     sa.select(blobs.c.digest)
-    .where(blobs.c.digest.in_(sa.bindparam("digests", expanding=True)))
+    .where(is_among(blobs.c.digest, "digests"))
     .order_by(blobs.c.digest)
-    .with_for_update(read=True, key_share=True)
+    .with_for_update(read=True, key_share=True),
+    ("digests",),
 )
 # Another process may store the same content at the same time.
 _INSERT_BLOB: Final = {
-    name: Bulk(insert(blobs).on_conflict_do_nothing(), ("digest", "size", "data"))
+    name: insert(blobs).on_conflict_do_nothing()
     for name, insert in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
 }
 # They were looked up in the same transaction, so what they are at is known.
-_MOVE_STREAMS: Final = (
+_MOVE_STREAMS: Final = Statement(
     sa.update(streams)
-    .where(streams.c.stream_id.in_(sa.bindparam("of_streams", expanding=True)))
-    .values(version=streams.c.version + sa.bindparam("by"))
+    .where(is_among(streams.c.stream_id, "of_streams"))
+    .values(version=streams.c.version + sa.bindparam("by")),
+    ("by", "of_streams"),
 )
 _CHANGING: Final = tuple(
     name
     for name in tasks.c.keys()  # noqa: SIM118 - columns, not a dict
     if name
-    not in {"stream_id", "task_id", "type", "priority", "prompt", "batch", "key", "fingerprint"}
+    not in {"task_id", "type", "priority", "prompt", "batch", "key", "fingerprint"}
     and name not in {"parent", "retry_of", "labels", "submitted_at"}
 )
-_UPDATE_TASK: Final = Bulk(
-    sa.update(tasks)
-    .where(tasks.c.stream_id == sa.bindparam("of_stream"))
-    .values({name: sa.bindparam(f"new_{name}") for name in _CHANGING}),
-    (*(f"new_{name}" for name in _CHANGING), "of_stream"),
-)
-_FORGET_CONTENT: Final = Bulk(
-    sa.update(tasks)
-    .where(tasks.c.stream_id == sa.bindparam("of_stream"))
-    .values(prompt=sa.bindparam("to_prompt"), labels=sa.bindparam("to_labels")),
-    ("to_prompt", "to_labels", "of_stream"),
+_UPDATE_TASK: Final = Bulk(tasks, _CHANGING, key="stream_id")
+_FORGET_CONTENT: Final = Bulk(tasks, ("stream_id", "prompt", "labels"), key="stream_id")
+_KNOWN_KEYS: Final = Statement(
+    sa.select(tasks.c.key, tasks.c.task_id).where(is_among(tasks.c.key, "keys")), ("keys",)
 )
 _COLUMNS: Final = tuple(tasks.c.keys())
-_STREAM_EVENTS: Final = (
+_STREAM_EVENTS: Final = Statement(
     sa.select(
         events.c.version,
         events.c.type,
@@ -116,7 +120,8 @@ _STREAM_EVENTS: Final = (
     .where(
         events.c.stream_id == sa.bindparam("of_stream"), events.c.version > sa.bindparam("after")
     )
-    .order_by(events.c.version)
+    .order_by(events.c.version),
+    ("of_stream", "after"),
 )
 
 
@@ -209,8 +214,7 @@ class Transaction:
         wanted = sorted({task_id for task_id in task_ids if task_id not in self._versions})
         for part in chunks_of(wanted):
             self._versions.update(dict.fromkeys(part))
-            rows = self.connection.execute(_FIND_STREAMS, {"task_ids": part})
-            for task_id, stream_id, version in rows.all():
+            for task_id, stream_id, version in _FIND_STREAMS.rows(self.connection, part):
                 self._versions[task_id] = (stream_id, version)
 
     def fold(self, task_id: str) -> TaskFold | None:
@@ -240,18 +244,16 @@ class Transaction:
     def _load(self, fold: TaskFold) -> TaskFold:
         # Forgotten first: were something unreadable half way, the fold would be of no version.
         self._cache.drop((fold.task_id,))
-        rows = self.connection.execute(
-            _STREAM_EVENTS, {"of_stream": fold.stream_id, "after": fold.version}
-        )
-        for row in rows:
-            if row.type == Archived.type and row.version != fold.version + 1:
+        rows = _STREAM_EVENTS.rows(self.connection, fold.stream_id, fold.version)
+        for version, type_, schema_version, data, recorded_at in rows:
+            if type_ == Archived.type and version != fold.version + 1:
                 # What the fold would go on with is in an archive: it begins anew.
                 fold = TaskFold(fold.task_id, fold.stream_id)
             try:
-                fold.apply_one(decode(row.type, row.schema_version, row.data), row.recorded_at)
+                fold.apply_one(decode(type_, schema_version, data), recorded_at)
             except InvalidTransition as error:
                 raise DatabaseCorrupt(
-                    f"{fold.task_id} version {row.version} can't be folded ({error}): "
+                    f"{fold.task_id} version {version} can't be folded ({error}): "
                     "run `perdure verify`"
                 ) from None
         return fold
@@ -298,10 +300,7 @@ class Transaction:
         found: dict[str, str] = {}
         for part in chunks_of(keys):
             found.update((key, self._keys[key]) for key in part if key in self._keys)
-            rows = self.connection.execute(
-                sa.select(tasks.c.key, tasks.c.task_id).where(tasks.c.key.in_(part))
-            )
-            found.update((key, task_id) for key, task_id in rows)
+            found.update(_KNOWN_KEYS.rows(self.connection, part))
         return found
 
     def prefetch_keys(self, keys: Iterable[str]) -> None:
@@ -380,21 +379,22 @@ class Transaction:
         _INSERT_STREAM.execute(self.connection, stream_rows)
         _INSERT_EVENT.execute(self.connection, event_rows)
         self._flush_rows()
-        self.connection.execute(_MOVE_HEAD, {"to_position": position, "to_digest": digest})
+        _MOVE_HEAD.change(self.connection, position, digest)
         for work in self._last:
             work()
         self.mark = position, digest
         return position, written
 
-    def _head(self, statement: sa.Executable) -> tuple[int, bytes]:
-        row = self.connection.execute(statement).one_or_none()
-        if row is None:
+    def _head(self, statement: Statement) -> tuple[int, bytes]:
+        rows = statement.rows(self.connection)
+        if not rows:
             raise DatabaseCorrupt("the log has lost its head row: restore a backup")
-        if row.archive_of is not None and any(staged.new for staged in self._staged.values()):
+        ((position, digest, archive_of),) = rows
+        if archive_of is not None and any(staged.new for staged in self._staged.values()):
             raise DatabaseUnavailable(
                 "this database is an archive, and nothing new goes into it: name the log with --db"
             )
-        return int(row.position), bytes(row.digest)
+        return int(position), bytes(digest)
 
     def _flush_rows(self) -> None:
         moved: dict[int, list[int]] = {}  # how far -> which streams
@@ -411,14 +411,14 @@ class Transaction:
             if not staged.row_changed:
                 continue
             row = fold.changing_columns()
-            changed.append((*[row[name] for name in _CHANGING], fold.stream_id))
+            changed.append(tuple([row[name] for name in _CHANGING]))
             left = fold.content_columns()
             if left is not None:
-                forgotten.append((left["prompt"], left["labels"], fold.stream_id))
+                forgotten.append((fold.stream_id, left["prompt"], left["labels"]))
         for by, stream_ids in moved.items():
             for begin in range(0, len(stream_ids), IN_LIMIT):
                 part = stream_ids[begin : begin + IN_LIMIT]
-                self.connection.execute(_MOVE_STREAMS, {"by": by, "of_streams": part})
+                _MOVE_STREAMS.change(self.connection, by, part)
         _INSERT_TASK.execute(self.connection, fresh)
         _UPDATE_TASK.execute(self.connection, changed)
         _FORGET_CONTENT.execute(self.connection, forgotten)
@@ -427,18 +427,17 @@ class Transaction:
         """Return which of these contents are stored; nobody takes them away before the commit."""
         known: set[str] = set()
         for part in chunks_of(sorted(digests)):  # in an order all agree on
-            known.update(self.connection.scalars(_KNOWN_BLOBS, {"digests": part}))
+            known.update(digest for (digest,) in _KNOWN_BLOBS.rows(self.connection, part))
         return known
 
     def _flush_blobs(self) -> None:
         if not self._blobs:
             return
         known = self.known_blobs(self._blobs)
-        _INSERT_BLOB[self.connection.dialect.name].execute(
-            self.connection,
-            [
-                (digest, len(data), data)
-                for digest, data in sorted(self._blobs.items())
-                if digest not in known
-            ],
-        )
+        new = [
+            {"digest": digest, "size": len(data), "data": data}
+            for digest, data in sorted(self._blobs.items())
+            if digest not in known
+        ]
+        if new:
+            self.connection.execute(_INSERT_BLOB[self.connection.dialect.name], new)

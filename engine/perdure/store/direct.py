@@ -1,0 +1,196 @@
+"""Statements that are executed again and again, straight on the driver's connection.
+
+A statement of Core is compiled once per dialect. What SQLAlchemy does around each execution
+(building parameters, a context, a result, a `Row` for each row) took more of the writer's time than
+the database: for one lone append, five times as long.
+
+SQLite's driver gives other threads a turn at each statement and at each row, and then has to wait
+for its own: where the event loop is busy, for milliseconds. So there many rows are written by one
+statement, and read as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import orjson
+import sqlalchemy as sa
+from sqlalchemy import Connection, Dialect
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.types import ARRAY, TypeDecorator, TypeEngine
+
+__all__ = ["Statement", "execute", "is_among"]
+
+Processor = Callable[[Any], Any]
+
+
+def execute(connection: Connection, sql: str, parameters: Any) -> Any:  # noqa: ANN401 - a driver's
+    """Execute ``sql`` on the driver's connection and return its cursor.
+
+    Raises:
+        IntegrityError: The database refuses what was to be written.
+        Exception: Whatever else the driver raises, as it is.
+    """
+    raw: Any = connection.connection.dbapi_connection
+    try:
+        return raw.execute(sql, parameters)
+    except connection.dialect.loaded_dbapi.IntegrityError as error:
+        raise IntegrityError(None, None, error) from error
+
+
+class Statement:
+    """A statement of Core with the parameters it is executed with.
+
+    Args:
+        statement: A SELECT of columns that JSON can hold, or something that changes rows.
+        names: Its bind parameters, in the order in which `rows` and `change` are given values.
+    """
+
+    def __init__(self, statement: sa.Select[Any] | sa.Update, names: Sequence[str] = ()) -> None:
+        self._statement = statement
+        self._names: Final = tuple(names)
+        self._compiled: dict[str, _Compiled] = {}
+
+    def rows(self, connection: Connection, *values: object) -> Sequence[Sequence[Any]]:
+        """Return all rows of a SELECT."""
+        compiled = self._compiled_for(connection.dialect)
+        rows: Sequence[Sequence[Any]] = execute(
+            connection, compiled.sql, compiled.parameters(values)
+        ).fetchall()
+        if compiled.packed:
+            rows = orjson.loads(rows[0][0])
+        if compiled.results:
+            return [processed(row, compiled.results) for row in rows]
+        return rows
+
+    def change(self, connection: Connection, *values: object) -> int:
+        """Execute what changes rows; returns how many were."""
+        compiled = self._compiled_for(connection.dialect)
+        count: int = execute(connection, compiled.sql, compiled.parameters(values)).rowcount
+        return count
+
+    def _compiled_for(self, dialect: Dialect) -> _Compiled:
+        compiled = self._compiled.get(dialect.name)
+        if compiled is None:
+            compiled = _Compiled(self._statement, self._names, dialect)
+            self._compiled[dialect.name] = compiled
+        return compiled
+
+
+class _Compiled:
+    def __init__(
+        self, statement: sa.Select[Any] | sa.Update, names: tuple[str, ...], dialect: Dialect
+    ) -> None:
+        compiled = statement.compile(
+            dialect=dialect, compile_kwargs={"render_postcompile": True}
+        )
+        assert isinstance(compiled, SQLCompiler)  # noqa: S101 - which it always is
+        # What isn't named is part of the statement, such as a status that is asked for.
+        self._fixed = {
+            name: value for name, value in compiled.params.items() if name not in names
+        }
+        if not set(names) <= compiled.binds.keys():
+            raise ValueError(f"a statement has the parameters {names}, and asks for others")
+        self._names = names
+        self._order = compiled.positiontup if compiled.positional else None
+        self._given: list[tuple[str, Processor]] = []
+        for name, bound in compiled.binds.items():
+            process = bound.type.dialect_impl(dialect).bind_processor(dialect)
+            if process is None:
+                continue
+            if name in self._fixed:
+                self._fixed[name] = process(self._fixed[name])
+            else:
+                self._given.append((name, process))
+        self.sql = str(compiled)
+        columns = list(statement.selected_columns) if isinstance(statement, sa.Select) else []
+        self.results = processors_of([column.type for column in columns], dialect, binding=False)
+        binary = any(isinstance(column.type, sa.LargeBinary) for column in columns)
+        self.packed = dialect.name == "sqlite" and bool(columns) and not binary
+        if self.packed:
+            row = ", ".join(f'"{column.name}"' for column in columns)
+            self.sql = f"SELECT json_group_array(json_array({row})) FROM ({self.sql})"  # noqa: S608
+
+    def parameters(self, values: Sequence[object]) -> Any:  # noqa: ANN401 - as the driver wants it
+        named: dict[str, Any] = {**self._fixed, **dict(zip(self._names, values, strict=True))}
+        for name, process in self._given:
+            named[name] = process(named[name])
+        return named if self._order is None else [named[name] for name in self._order]
+
+
+def processors_of(
+    types: Sequence[TypeEngine[Any]], dialect: Dialect, *, binding: bool
+) -> list[tuple[int, Processor]]:
+    """Return what turns values into the driver's (``binding``) or back, by their place."""
+    found: list[tuple[int, Processor]] = []
+    for index, kind in enumerate(types):
+        own = kind.dialect_impl(dialect)
+        process = own.bind_processor(dialect) if binding else own.result_processor(dialect, None)
+        if process is not None:
+            found.append((index, process))
+    return found
+
+
+def processed(row: Sequence[Any], processors: Sequence[tuple[int, Processor]]) -> tuple[Any, ...]:
+    """Return a row with its values turned into what they have to be."""
+    values = list(row)
+    for index, process in processors:
+        values[index] = process(values[index])
+    return tuple(values)
+
+
+# -- any number of values as one parameter -------------------------------------------------------
+
+
+class _Listed(TypeDecorator[Sequence[Any]]):
+    """Values of one type: an array on PostgreSQL, JSON text on SQLite."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def __init__(self, of: TypeEngine[Any]) -> None:
+        super().__init__()
+        self.of = of
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(ARRAY(self.of))
+        return dialect.type_descriptor(sa.Text())
+
+    def process_bind_param(self, value: Sequence[Any] | None, dialect: Dialect) -> Any:  # noqa: ANN401
+        if value is None or dialect.name == "postgresql":
+            return value
+        return orjson.dumps(list(value)).decode()
+
+
+class _Among(sa.ColumnElement[bool]):
+    # Of no type: of a boolean, SQLite would be asked whether it equals 1, and use no index for it.
+    inherit_cache = True
+
+    def __init__(self, column: sa.Column[Any], name: str) -> None:
+        of: TypeEngine[Any] = sa.BigInteger() if isinstance(column.type, sa.Integer) else sa.Text()
+        self.column = column
+        self.given = sa.bindparam(name, type_=_Listed(of))
+
+
+def is_among(column: sa.Column[Any], name: str) -> sa.ColumnElement[bool]:
+    """Return the condition that ``column`` has one of the values given as the parameter ``name``.
+
+    One parameter for all of them, so that the statement is the same for any number.
+    """
+    return _Among(column, name)
+
+
+@compiles(_Among, "sqlite")
+def _among_sqlite(element: _Among, compiler: SQLCompiler, **how: Any) -> str:  # noqa: ANN401
+    column, given = compiler.process(element.column, **how), compiler.process(element.given, **how)
+    return f"{column} IN (SELECT value FROM json_each({given}))"
+
+
+@compiles(_Among, "postgresql")
+def _among_postgresql(element: _Among, compiler: SQLCompiler, **how: Any) -> str:  # noqa: ANN401
+    column, given = compiler.process(element.column, **how), compiler.process(element.given, **how)
+    return f"{column} = ANY ({given})"
