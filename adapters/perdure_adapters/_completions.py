@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -17,6 +16,7 @@ from perdure_adapters._openai import (
     sdk_errors,
     typed_openai_error,
 )
+from perdure_adapters._sdk import within
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, AsyncStream
@@ -103,8 +103,7 @@ class Completions:
     async def _next(self, stream: AsyncStream[ChatCompletionChunk], reader: ChatReader) -> object:
         """Return the next chunk, or `_END`."""
         try:
-            async with asyncio.timeout(LAST_WORDS if reader.ended else None):
-                return await anext(stream, _END)
+            return await within(LAST_WORDS if reader.ended else None, anext(stream, _END))
         except TimeoutError:
             return _END
         except reading_errors() as error:

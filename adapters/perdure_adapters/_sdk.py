@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Final, Generic, TypeVar
@@ -28,9 +28,19 @@ from perdure.errors import (
     RateLimited,
 )
 
-__all__ = ["PerLoop", "error_class", "find_sdk", "load_sdk", "redact", "retry_after", "typed_error"]
+__all__ = [
+    "PerLoop",
+    "error_class",
+    "find_sdk",
+    "load_sdk",
+    "redact",
+    "retry_after",
+    "typed_error",
+    "within",
+]
 
 C = TypeVar("C")
+T = TypeVar("T")
 
 MAX_RETRY_AFTER: Final = 600.0
 """Seconds. Whoever asks for more is asked again after that."""
@@ -171,6 +181,22 @@ class PerLoop(Generic[C]):
     def take(self) -> C | None:
         """Give up the running loop's value and return it, for closing; None if there is none."""
         return self._values.pop(asyncio.get_running_loop(), None)
+
+
+async def within(seconds: float | None, awaitable: Awaitable[T]) -> T:
+    """Return what ``awaitable`` comes to.
+
+    Args:
+        seconds: How long that may take; None for however long, which costs nothing.
+        awaitable: What to wait for.
+
+    Raises:
+        TimeoutError: It took longer.
+    """
+    if seconds is None:
+        return await awaitable
+    async with asyncio.timeout(seconds):
+        return await awaitable
 
 
 def error_class(status: int | None, names: Iterable[str | None] = ()) -> type[PlatformError]:

@@ -7,7 +7,6 @@ the log. A message that was cut off can't be picked up: how its task goes on is 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -25,7 +24,7 @@ from perdure_adapters._claude_request import message_body
 from perdure_adapters._endpoint import Endpoint
 from perdure_adapters._messages import MessagesReader
 from perdure_adapters._models import DEFAULT_MODELS
-from perdure_adapters._sdk import PerLoop, find_sdk, load_sdk
+from perdure_adapters._sdk import PerLoop, find_sdk, load_sdk, within
 from perdure_adapters._settings import Settings
 from perdure_adapters.base import AsyncBasePlatformAdapter
 
@@ -195,8 +194,7 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
         """Return the next event, or `_END`."""
         try:
             # After the end marker nothing can follow, and nothing that goes wrong counts.
-            async with asyncio.timeout(_LAST_BYTES if reader.stopped else None):
-                return await anext(stream, _END)
+            return await within(_LAST_BYTES if reader.stopped else None, anext(stream, _END))
         except TimeoutError:
             return _END
         except reading_errors() as error:

@@ -33,7 +33,7 @@ from perdure_adapters._generate import (
 )
 from perdure_adapters._interactions import InteractionReader, cursor_event, interaction_body
 from perdure_adapters._models import DEFAULT_MODELS
-from perdure_adapters._sdk import PerLoop, find_sdk, load_sdk
+from perdure_adapters._sdk import PerLoop, find_sdk, load_sdk, within
 from perdure_adapters._settings import Settings
 from perdure_adapters.base import AsyncBasePlatformAdapter
 
@@ -329,8 +329,7 @@ class GeminiAdapter(AsyncBasePlatformAdapter):
 
     async def _chunk(self, chunks: AsyncIterator[object], reader: GenerateReader) -> object:
         try:
-            async with asyncio.timeout(LAST_WORDS if reader.ended else None):
-                return await self._next(chunks)
+            return await within(LAST_WORDS if reader.ended else None, self._next(chunks))
         except TimeoutError:
             return _END
         except PlatformError:

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Dialect
 
 from perdure.store.direct import execute, processed, processors_of
 
-__all__ = ["Bulk", "plain_rows"]
+__all__ = ["Bulk", "plain_pages", "plain_rows"]
 
 # Far below the number of parameters that a statement may have.
 MOST_PARAMETERS: Final = 8192
@@ -26,16 +26,24 @@ MOST_AS_JSON: Final = 1000
 
 
 def plain_rows(
-    connection: Connection, statement: sa.Select[*tuple[Any, ...]], size: int = 5000
+    connection: Connection, statement: sa.Select[*tuple[Any, ...]]
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of a query as plain tuples, fetching ``size`` of them at a time."""
+    """Yield the rows of a query as plain tuples."""
+    for rows in plain_pages(connection, statement):
+        yield from rows
+
+
+def plain_pages(
+    connection: Connection, statement: sa.Select[*tuple[Any, ...]], size: int = 5000
+) -> Iterator[Sequence[tuple[Any, ...]]]:
+    """Yield the rows of a query as plain tuples, ``size`` of them at a time."""
     result = connection.execute(statement)
     try:
         types = [column.type for column in statement.selected_columns]
         processors = processors_of(types, connection.dialect, binding=False)
         cursor = result.cursor
         while cursor is not None and (rows := cursor.fetchmany(size)):
-            yield from [processed(row, processors) for row in rows] if processors else rows
+            yield [processed(row, processors) for row in rows] if processors else rows
     finally:
         result.close()
 

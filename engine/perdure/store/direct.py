@@ -88,23 +88,20 @@ class _Compiled:
             dialect=dialect, compile_kwargs={"render_postcompile": True}
         )
         assert isinstance(compiled, SQLCompiler)  # noqa: S101 - which it always is
-        # What isn't named is part of the statement, such as a status that is asked for.
-        self._fixed = {
-            name: value for name, value in compiled.params.items() if name not in names
-        }
         if not set(names) <= compiled.binds.keys():
             raise ValueError(f"a statement has the parameters {names}, and asks for others")
-        self._names = names
-        self._order = compiled.positiontup if compiled.positional else None
-        self._given: list[tuple[str, Processor]] = []
-        for name, bound in compiled.binds.items():
-            process = bound.type.dialect_impl(dialect).bind_processor(dialect)
-            if process is None:
-                continue
-            if name in self._fixed:
-                self._fixed[name] = process(self._fixed[name])
-            else:
-                self._given.append((name, process))
+        # What isn't named is part of the statement, such as a number that is asked for.
+        fixed = {name: value for name, value in compiled.params.items() if name not in names}
+        self._fixed = tuple(fixed.values())
+        given = (*names, *fixed)
+        types = [compiled.binds[name].type for name in given]
+        self._processors = processors_of(types, dialect, binding=True)
+        if compiled.positional:
+            self._names = None
+            order = [given.index(name) for name in compiled.positiontup or ()]
+            self._order = None if order == list(range(len(given))) else order
+        else:
+            self._names = given
         self.sql = str(compiled)
         columns = list(statement.selected_columns) if isinstance(statement, sa.Select) else []
         self.results = processors_of([column.type for column in columns], dialect, binding=False)
@@ -115,10 +112,13 @@ class _Compiled:
             self.sql = f"SELECT json_group_array(json_array({row})) FROM ({self.sql})"  # noqa: S608
 
     def parameters(self, values: Sequence[object]) -> Any:  # noqa: ANN401 - as the driver wants it
-        named: dict[str, Any] = {**self._fixed, **dict(zip(self._names, values, strict=True))}
-        for name, process in self._given:
-            named[name] = process(named[name])
-        return named if self._order is None else [named[name] for name in self._order]
+        if self._fixed:
+            values = (*values, *self._fixed)
+        if self._processors:
+            values = processed(values, self._processors)
+        if self._names is not None:
+            return dict(zip(self._names, values, strict=True))
+        return values if self._order is None else [values[index] for index in self._order]
 
 
 def processors_of(

@@ -7,13 +7,14 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from perdure.store.bulk import plain_rows
+from perdure.store.bulk import plain_pages
 from perdure.store.dialect import any_text
 from perdure.store.readonly import iso
 
@@ -49,7 +50,9 @@ def page_of(
     connection: Connection, statement: sa.Select[*tuple[Any, ...]]
 ) -> list[tuple[Any, ...]]:
     """Return all rows of a query, as `leniently` reads them."""
-    return leniently(connection, lambda: list(plain_rows(connection, statement)))
+    return leniently(
+        connection, lambda: list(chain.from_iterable(plain_pages(connection, statement)))
+    )
 
 
 def leniently(connection: Connection, read: Callable[[], T]) -> T:

@@ -7,6 +7,7 @@ test keeps the two equal.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -51,8 +52,9 @@ __all__ = [
 ]
 
 
-# All that is written together has one moment, in many places.
-_as_text: Final = lru_cache(maxsize=256)(iso)
+@lru_cache(maxsize=256)  # all that is written together has one moment, in many places
+def _as_text(moment: datetime | None) -> str | None:
+    return None if moment is None else iso(moment)
 
 
 class Timestamp(TypeDecorator[datetime]):
@@ -67,11 +69,9 @@ class Timestamp(TypeDecorator[datetime]):
             return dialect.type_descriptor(TIMESTAMP(timezone=True))
         return dialect.type_descriptor(Text())
 
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:  # noqa: ANN401
-        """Turn a moment into what is stored."""
-        if value is None or dialect.name == "postgresql":
-            return value
-        return _as_text(value)
+    def bind_processor(self, dialect: Dialect) -> Callable[[datetime | None], Any] | None:
+        """Return what turns a moment into what is stored; None where nothing has to."""
+        return None if dialect.name == "postgresql" else _as_text
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ANN401
         """Turn what is stored into a moment."""

@@ -87,14 +87,16 @@ def verify(
     report = VerifyReport()
     head = _verify_head(connection, report)
     walk = _Walk(report, each_gap(connection), expect)
+    expected, expected_digest = expect or (None, "")
     for rows in _pages(connection):
+        take = walk.take
         for row in rows:
             try:
-                walk.take(row)
+                take(row)
             except UNREADABLE:
                 report.problem(f"position {row[0]}: the row is unreadable")
-            if expect is not None and row[0] == expect[0] and walk.digest.hex() != expect[1]:
-                report.problem(f"position {expect[0]}: its digest is not the one expected")
+            if row[0] == expected and walk.digest.hex() != expected_digest:
+                report.problem(f"position {expected}: its digest is not the one expected")
         report.events += len(rows)
         if progress is not None and len(rows) == scanning.PAGE:
             progress(report.events, report.position)
