@@ -81,6 +81,35 @@ async def test_cut_off_from_the_database(db: str) -> None:
     assert_sound(db)
 
 
+async def test_a_network_that_is_gone(db: str, nursery: Nursery) -> None:
+    """The same where the kernel drops the packets, and a worker finds no way to the database."""
+    child = nursery.start("run_on_an_island", db=db)
+    said = await eventually(lambda: child.has_said("n"))
+    if said.startswith("no network"):
+        pytest.skip(f"this system has no network of its own for us ({said})")
+    task = demo("Go on.", words=2000, chunk_words=1, delay=0.01)
+    async with Engine.open(db, adapters=[DemoAdapter()], run=False) as engine:
+        task_id = await engine.submit_task(task)
+        await eventually(lambda: count_events(db, "chunk") >= 5)
+        ((first,),) = query(db, "SELECT worker FROM tasks")
+        child.signal(signal.SIGUSR1)
+        settings = replace(FAST, lease_seconds=2.0)
+        async with Engine.open(db, adapters=[DemoAdapter()], settings=settings) as second:
+            await eventually(lambda: query(db, "SELECT attempts FROM tasks") == [(2,)])
+            assert await second.cancel_task(task_id)
+            await second.get_result(task_id, 60)
+        before = query(db, "SELECT count(*) FROM events")
+        known = f"SELECT count(*) FROM workers WHERE worker_id = '{first}'"
+        assert query(db, known) == [(0,)]
+        child.signal(signal.SIGUSR2)
+        await eventually(lambda: query(db, known) == [(1,)], what="it shows itself again")
+        assert query(db, "SELECT count(*) FROM events") == before
+        assert await engine.submit_task(demo("Back?", words=1))
+        await eventually(lambda: query(db, "SELECT count(*) FROM tasks WHERE output <> ''")[0][0])
+    child.kill()
+    assert_sound(db)
+
+
 def test_stopped_in_the_middle_of_anything(db: str, nursery: Nursery, tmp_path: Path) -> None:
     """A process that is stopped wherever it is keeps nobody out for ever."""
     sleeper = nursery.start(
