@@ -45,18 +45,18 @@ def finished_task(number: int) -> tuple[Event, ...]:
     )
 
 
-def build_log(path: Path, events: int, *, pending: int = 0) -> None:
+def build_log(database: Path | str, events: int, *, pending: int = 0) -> None:
     """Write ``events`` events of ended tasks, and so many pending tasks after them."""
     numbers = iter(range(events // EVENTS_A_TASK))
     ended = ((task_id_of(number), finished_task(number)) for number in numbers)
-    _write(path, ended)
+    _write(database, ended)
     first = events // EVENTS_A_TASK
     waiting = ((task_id_of(n), (submitted(n),)) for n in range(first, first + pending))
-    _write(path, waiting)
+    _write(database, waiting)
 
 
-def _write(path: Path, tasks: Iterator[tuple[str, tuple[Event, ...]]]) -> None:
-    writer = Database(path).writer()
+def _write(database: Path | str, tasks: Iterator[tuple[str, tuple[Event, ...]]]) -> None:
+    writer = Database(database).writer()
     try:
         left = True
         while left:

@@ -29,28 +29,42 @@ OPERATIONS: Final = ("append", "claim", "status", "open a task", "list page", "l
 
 
 def measure(session: Session) -> Sequence[Row]:
-    """Measure milliseconds of each operation on both logs."""
+    """Measure milliseconds of each operation on both logs, in SQLite and on PostgreSQL."""
     few = session.size(10_000, 500)
     many = session.size(1_000_000, 1_000, full=10_000_000)
-    times = session.size(60, 3)
     pending = session.size(PENDING, 200)
-    paths: dict[int, str | Path] = {}
-    for events in (few, many):
-        made = session.log(events, pending=pending)
+    files: dict[int, str | Path] = {
         # The large one is worked on as it is: a copy would take as much disk again.
-        paths[events] = made if events == many else shutil.copy(made, session.place("few.db"))
+        few: shutil.copy(session.log(few, pending=pending), session.place("few.db")),
+        many: session.log(many, pending=pending),
+    }
+    rows = _compare(session, files, "")
+    served: dict[int, str | Path] = {
+        events: session.log_on_server(events, pending=pending) for events in (few, many)
+    }
+    return rows + _compare(session, served, ", on PostgreSQL")
+
+
+def _compare(session: Session, places: dict[int, str | Path], where: str) -> list[Row]:
+    """Measure everything on a small and on a large log, in that order."""
+    few, many = places
+    times = session.size(60, 3)
     rounds = [
-        asyncio.run(_round(paths, times, turn, (few, many))) for turn in range(session.rounds)
+        asyncio.run(_round(places, times, turn, (few, many))) for turn in range(session.rounds)
     ]
     rows: list[Row] = []
     for operation in OPERATIONS:
         large, small = (
-            Sample(f"{operation}, {events:,} events", "ms", tuple(r[operation][i] for r in rounds))
+            Sample(
+                f"{operation}{where}, {events:,} events",
+                "ms",
+                tuple(r[operation][i] for r in rounds),
+            )
             for i, events in ((1, many), (0, few))
         )
         target = Target("at most", 1.3) if many >= TARGET_EVENTS else None
         note = "" if target else "the target is for 10 million: --full"
-        rows.append(Row(operation, large, small, target=target, note=note))
+        rows.append(Row(operation + where, large, small, target=target, note=note))
     return rows
 
 

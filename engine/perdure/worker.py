@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import secrets
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from perdure.lifecycle import TaskState
 from perdure.platforms import Platforms
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption
 from perdure.store import claims
-from perdure.store.claims import Claimed, Scope
+from perdure.store.claims import Census, Claimed, Scope
 from perdure.store.content import blob_digests, restore
 from perdure.store.database import Database
 from perdure.store.log import EventLog
@@ -42,8 +43,10 @@ __all__ = ["Worker", "WorkerSettings"]
 
 _NOT_LOOKED: Final = datetime.min.replace(tzinfo=UTC)
 # All idle workers are told of new work at the same moment; one of them can have it. So they look
-# in turns, with so much time for each: the first one, however many there are, after about that.
-SPREAD_SECONDS: Final = 0.01
+# at moments drawn from as many turns as there are others, each of them longer than it takes to look
+# and to claim, as far as that is known by then. Most find that it has been taken.
+FIRST_TURN_SECONDS: Final = 0.01
+CLAIMS_IN_A_TURN: Final = 2.0
 MOST_SPREAD_SECONDS: Final = 1.0
 IN_VAIN_SECONDS: Final = 0.05
 _logger: Final = logging.getLogger("perdure")
@@ -94,6 +97,8 @@ class Worker:
         self._attempts: dict[str, Attempt] = {}
         self._wake = asyncio.Event()
         self._workers = 1  # alive, when last looked
+        self._expires = math.inf  # when, by the loop's clock, the next lease is over if not renewed
+        self._turn = FIRST_TURN_SECONDS
         self._in_vain = False
         self._told = False  # of work that another process has left, as all workers were
         self._claimed = asyncio.Event()
@@ -212,6 +217,7 @@ class Worker:
         scope = self.scope
         self._in_vain = False
         looked = not self._more
+        began = asyncio.get_running_loop().time()
         if looked:  # which costs no write lock
             self._due = await self._look()
             if self._due is None or self._due > self._database.now:
@@ -226,6 +232,9 @@ class Worker:
         )
         self._more = self._more or len(claimed) == free
         self._in_vain = looked and not claimed
+        if looked:  # so long others that look see what is claimed here
+            took = asyncio.get_running_loop().time() - began
+            self._turn = (self._turn + CLAIMS_IN_A_TURN * took) / 2
         if claimed:
             self._claimed.set()
         for one in claimed:
@@ -249,25 +258,45 @@ class Worker:
                 f"{task_id} could not be run: {type(error).__name__}: {error}"
             )
 
+    @property
+    def _hears_of_all(self) -> bool:
+        """Whether this worker is told of everything that it waits for."""
+        return self._log.hears and not self._until_done  # nobody tells of the last task's end
+
+    @property
+    def _idle(self) -> bool:
+        """Whether it has nothing to lose, and need not look for work but when it shows itself."""
+        return self._hears_of_all and not self._running
+
+    def _patience(self) -> float | None:
+        """Return after how many seconds to look for work again; None where heartbeats do that."""
+        if not self._hears_of_all:
+            return self.settings.poll_seconds
+        return self.settings.lease_seconds if self._running else None
+
     async def _sleep(self) -> None:
         """Wait for news: something was submitted or has ended here, or others may have done so."""
-        # It is told of work, but not that others have done the last of it.
-        told = self._log.hears and not self._until_done
-        wait = self.settings.lease_seconds if told else self.settings.poll_seconds
+        wait = self._patience()
         if len(self._running) < self.settings.concurrency:
             due = await self._look() if self._due is _NOT_LOOKED else self._due
             self._due = _NOT_LOOKED
             if due is not None:
-                wait = min(wait, max(0.0, (due - self._database.now).total_seconds()))
-        if self._in_vain:  # what is due was being taken by somebody who has yet to commit that
+                left = max(0.0, (due - self._database.now).total_seconds())
+                wait = left if wait is None else min(wait, left)
+        if self._in_vain and wait is not None:
+            # What is due was being taken by somebody who has yet to commit that.
             wait = max(wait, IN_VAIN_SECONDS)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 await self._wake.wait()
         if self._told:  # not all at once: the later ones find that it has been taken
             self._told = False
-            spread = min(MOST_SPREAD_SECONDS, SPREAD_SECONDS * self._workers)
-            await asyncio.sleep(random.uniform(0, spread))  # noqa: S311 - no secret
+            await asyncio.sleep(self._any_turn())
+
+    def _any_turn(self) -> float:
+        """Return how many seconds to wait, so that not all workers do the same at once."""
+        spread = min(MOST_SPREAD_SECONDS, self._turn * (self._workers - 1))
+        return random.uniform(0, spread)  # noqa: S311 - no secret
 
     async def _look(self) -> datetime | None:
         """Return when the next task that waits is due; None where none waits."""
@@ -342,36 +371,56 @@ class Worker:
         while True:
             await self._until_next_beat()
             try:
-                await self._log.write(lambda tx: claims.beat(tx, self.worker_id))
-                if await self.recover_lost():
-                    self.wake()
+                await self._show_itself()
             except (StoreError, EngineClosed) as error:
                 self._failure = self._failure or error
                 self._wake.set()
                 return
 
+    async def _show_itself(self) -> None:
+        # What is there to be claimed as well: a notification can get lost.
+        scope = self.scope if self._idle else None
+        census, due = await self._log.write(
+            lambda tx: claims.beat_and_look(tx, self.worker_id, self._lease, scope)
+        )
+        if await self._take_over(census):
+            self.wake()
+        if due is not None and due <= self._database.now + self._lease:
+            self._wake.set()
+
     async def _until_next_beat(self) -> None:
-        """Wait as long as others may do without a sign of life."""
+        """Wait for the next sign of life to be due, or for the end of somebody's lease."""
         now = asyncio.get_running_loop().time
         last = now()
         while True:
             self._claimed.clear()
             pause = self.settings.heartbeat_seconds
-            if not self._running and self._log.hears:
+            if self._idle:
                 # Who has nothing to lose need not say that it lives, only before its lease is over.
                 pause = max(pause, self.settings.lease_seconds / 2)
-            if (left := last + pause - now()) <= 0:
+            if (left := min(last + pause, self._expires) - now()) <= 0:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._claimed.wait()
 
+    @property
+    def _lease(self) -> timedelta:
+        return timedelta(seconds=self.settings.lease_seconds)
+
     async def recover_lost(self) -> int:
         """Take over what lost workers had; returns how many tasks that were."""
-        lease = timedelta(seconds=self.settings.lease_seconds)
-        recovered = 0
-        census = await claims.look_around(self._database, lease, self._database.now)
+        census = await claims.look_around(self._database, self._lease, self._database.now)
+        return await self._take_over(census)
+
+    async def _take_over(self, census: Census) -> int:
+        """Take over what lost workers had, and note when the next one may be lost."""
         self._workers = max(1, census.alive)
+        self._expires = math.inf
+        if census.expires is not None:
+            left = (census.expires - self._database.now).total_seconds()
+            self._expires = asyncio.get_running_loop().time() + left + self._any_turn()
+        recovered = 0
         for lost in census.lost:
             if lost == self.worker_id:
                 continue

@@ -97,6 +97,10 @@ class TestArchive:
         assert "in archives not looked at" in plain.err
         whole = perdure("--db", url, "verify", "--archive", file, "--json").json
         assert (whole["ok"], whole["archived"], whole["archives"][0]["tasks"]) == (True, 0, 3)
+        told = perdure("--db", url, "verify", "--archive", file).err
+        away = whole["archives"][0]["events"]
+        assert f"old.db: {away} events of 3 tasks, and they are what was archived" in told
+        assert "not looked at" not in told
         early = f"3:{'0' * 64}"
         hidden = perdure("--db", url, "verify", "--expect", early)
         assert (hidden.code, "position 3 is in an archive" in hidden.out) == (1, True)
@@ -107,6 +111,20 @@ class TestArchive:
         wrong = perdure("--db", url, "verify", "--expect", early, "--archive", file)
         assert (wrong.code, "not the one expected" in wrong.out) == (1, True)
         assert perdure("--db", url, "verify", "--expect", seal).code == 0  # it ends a gap
+
+    def test_doctor(self, url: str, batch: list[str], perdure: Perdure, tmp_path: Path) -> None:
+        """What is in archives isn't counted as events of the log."""
+
+        def log_of(db: str | Path) -> str:
+            found = map(json.loads, perdure("--db", db, "doctor", "--json").lines)
+            return str({one["name"]: one["value"] for one in found}["log"])
+
+        before = int(log_of(url).split()[0])
+        file = tmp_path / "old.db"
+        moved = perdure("--db", url, "archive", "--before", "now", "--to", file, "--json").json
+        left = before - moved["events"] + moved["tasks"]
+        assert log_of(url) == f"{left} events, and {moved['events']} more in archives"
+        assert log_of(file) == f"{moved['events']} events"
 
     @pytest.mark.parametrize(
         ("damage", "says"),

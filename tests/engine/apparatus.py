@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import random
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from harness import Nursery
 
-__all__ = ["chance", "db", "nursery", "seed", "shared_nursery", "sqlite_db"]
+from perdure.store.database import Database
+from servers.postgresql import Server
+
+__all__ = ["chance", "db", "nursery", "own_server", "seed", "shared_nursery", "sqlite_db"]
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -26,6 +29,15 @@ def db(request: pytest.FixtureRequest) -> Path | str:
 def sqlite_db(make_database: Callable[[], Path]) -> Path:
     """The path of an empty SQLite database, for what only SQLite has."""
     return make_database()
+
+
+@pytest.fixture
+def own_server() -> Generator[Server, None, None]:
+    """A server of one test, with an empty database `own`, that writes down every statement."""
+    with Server(log_statement="all", log_min_messages="info", log_line_prefix="%v ") as server:
+        server.execute("CREATE DATABASE own")
+        Database(server.url("own")).upgrade()
+        yield server
 
 
 @pytest.fixture

@@ -7,6 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from apparatus import chance, db, nursery, seed, shared_nursery, sqlite_db
+from apparatus import chance, db, nursery, own_server, seed, shared_nursery, sqlite_db
 
-__all__ = ["chance", "db", "nursery", "seed", "shared_nursery", "sqlite_db"]
+__all__ = ["chance", "db", "nursery", "own_server", "seed", "shared_nursery", "sqlite_db"]

@@ -13,8 +13,10 @@ import selectors
 import signal
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import scenes
 
 

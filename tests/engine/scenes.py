@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from harness import FAST
+from islands import leave_the_network, switch
 from sqlalchemy import Connection
 
 from perdure import Engine, Scope, Task, WorkerSettings
@@ -24,6 +25,7 @@ from perdure.events import Chunk, Completed, Event
 from perdure.store.database import Writer
 from perdure.store.transaction import Transaction
 from perdure_adapters import ChatGPTAdapter, ClaudeAdapter, DemoAdapter
+from servers.cutting import CuttingProxy
 
 
 def load_everything() -> None:
@@ -175,9 +177,25 @@ SERVED: dict[str, Callable[[str], Adapter]] = {
     "chatgpt": lambda url: ChatGPTAdapter(base_url=url, api_key="any"),
     "claude": lambda url: ClaudeAdapter(base_url=url, api_key="any"),
 }
+
+
+def run_on_an_island(db: str) -> None:
+    """Run what is pending, behind a network that SIGUSR1 cuts and SIGUSR2 mends."""
+    try:
+        leave_the_network()
+    except OSError as error:
+        say(f"no network: {error}")
+        return
+    signal.signal(signal.SIGUSR1, lambda *_: switch(on=False))
+    signal.signal(signal.SIGUSR2, lambda *_: switch(on=True))
+    with CuttingProxy(db) as network:
+        say("network up")
+        asyncio.run(run(network.url, until_done=False))
+
+
 SCENES: dict[str, Callable[..., Any]] = {
     scene.__name__: scene
-    for scene in (run, run_on, cancel, read, run_and_read, submit_many, command)
+    for scene in (run, run_on, run_on_an_island, cancel, read, run_and_read, submit_many, command)
 }
 
 

@@ -185,6 +185,17 @@ class Server:
         """Return the URL of one of its databases."""
         return f"postgresql://perdure@/{database}?host={self.directory}"
 
+    def log(self) -> str:
+        """Return what it has written down so far."""
+        return (self.directory / "log").read_text(errors="replace")
+
+    def transactions(self) -> int:
+        """Return how many transactions had statements, where lines begin with their ids (`%v`)."""
+        stated = [
+            line for line in self.log().splitlines() if "statement: " in line or "execute <" in line
+        ]
+        return len({line.partition(" ")[0] for line in stated})
+
     def connect(self, database: str = "postgres") -> psycopg.Connection[Any]:
         """Return a plain connection in autocommit mode."""
         return psycopg.connect(self.url(database), autocommit=True, connect_timeout=10)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from perdure.events import ENDINGS
-from perdure.store.claims import Scope
+from perdure.store.claims import Scope, left_by_status
 from perdure.store.database import Database
 from perdure.store.schema import events, log_head, tasks
 
@@ -104,11 +104,7 @@ class Tallying:
             await self._begin()
         else:
             await self._catch_up(self._seen)
-        rows = await self._database.rows(
-            sa.select(tasks.c.status, sa.func.count().label("tasks"))
-            .where(tasks.c.status.in_(("pending", "running")), *self._scope.conditions())
-            .group_by(tasks.c.status)
-        )
+        rows = await self._database.rows(left_by_status(self._scope))
         counts = {row["status"]: row["tasks"] for row in rows} | self._ended
         if self._scope.batch is not None:
             for status, number in (await _followed(self._database, self._scope.batch)).items():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Final, Literal
 
-__all__ = ["Finding", "State"]
+from perdure.cli.figures import count, things
+
+__all__ = ["LOG", "Finding", "State", "of_log"]
 
 State = Literal["ok", "note", "warning", "broken"]
 
@@ -19,3 +21,22 @@ class Finding:
     value: str
     hint: str | None = None
     """What to do about it."""
+
+
+# How far the log goes, how much of that isn't in it, and whether that is because it is an archive.
+LOG: Final = """
+    SELECT position, archive_of IS NOT NULL AS archive,
+        (SELECT coalesce(sum(last_position - first_position + 1), 0) FROM gaps) AS elsewhere
+    FROM log_head
+"""
+
+
+def of_log(row: Any) -> Finding:  # noqa: ANN401 - of whatever driver
+    """Return what there is to say of the only row of `LOG`; None where that is missing."""
+    if row is None:
+        return Finding("log", "broken", "it has lost its head row", "restore a backup")
+    position, archive, elsewhere = row
+    here = things(int(position - elsewhere), "event")
+    if not elsewhere or archive:
+        return Finding("log", "ok", here)
+    return Finding("log", "ok", f"{here}, and {count(int(elsewhere))} more in archives")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from perdure.cli.exits import ExitCode
-from perdure.cli.figures import UNKNOWN, of_these, size, things
+from perdure.cli.figures import UNKNOWN, of_these, size
 from perdure.cli.files import size_on_disk, stored_revision
-from perdure.cli.findings import Finding, State
+from perdure.cli.findings import LOG, Finding, State, of_log
 from perdure.cli.session import Session
 from perdure.cli.tables import paint, tab_line, table
 from perdure.cli.terminal import is_terminal, one_line, show, show_json
@@ -158,11 +158,7 @@ def _soundness(reader: Reader) -> Iterator[Finding]:
     else:
         hint = "restore a backup; `perdure verify` says which events are touched"
         yield Finding("integrity", "broken", one_line(found), hint)
-    head = reader.one("SELECT position FROM log_head")
-    if head is None:
-        yield Finding("log", "broken", "it has lost its head row", "restore a backup")
-    else:
-        yield Finding("log", "ok", things(head[0], "event"))
+    yield of_log(reader.one(LOG))
 
 
 def _value(reader: Reader, query: str) -> Any:  # noqa: ANN401 - whatever it is

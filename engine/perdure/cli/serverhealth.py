@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from perdure.cli.figures import size, things
-from perdure.cli.findings import Finding
+from perdure.cli.figures import size
+from perdure.cli.findings import LOG, Finding, of_log
 from perdure.errors import DatabaseIncompatible, StoreError
 from perdure.store.database import Database
 from perdure.store.readonly import REVISION
@@ -59,11 +59,8 @@ def examine_server(database: Database) -> Iterator[Finding]:
     yield Finding("schema", "ok", str(revision))
     yield Finding("size", "ok", f"{size(database.dialect.size())}, indexes included")
     with database.snapshot() as connection:
-        head = connection.exec_driver_sql("SELECT position FROM log_head").scalar()
-    if head is None:
-        yield Finding("log", "broken", "it has lost its head row", "restore a backup")
-    else:
-        yield Finding("log", "ok", things(head, "event"))
+        head = connection.exec_driver_sql(LOG).one_or_none()
+    yield of_log(head)
 
 
 def _durability(found: Any) -> Iterator[Finding]:  # noqa: ANN401 - a row

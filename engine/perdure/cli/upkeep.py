@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -108,7 +108,7 @@ def verify(
             }
         )
     else:
-        _tell(session, report)
+        _tell(session, report, read)
     return ExitCode.OK if report.ok else ExitCode.FATAL
 
 
@@ -121,7 +121,7 @@ def _seal(text: str) -> tuple[int, str]:
     return int(found[1]), found[2].lower()
 
 
-def _tell(session: Session, report: VerifyReport) -> None:
+def _tell(session: Session, report: VerifyReport, archives: Sequence[Mapping[str, Any]]) -> None:
     for problem in report.problems:
         show_line(problem)
     read = f"{things(report.events, 'event')} of {things(report.tasks, 'task')}"
@@ -132,6 +132,9 @@ def _tell(session: Session, report: VerifyReport) -> None:
         show_line(f"{report.position}:{report.digest}")
     redacted = f", {count(report.redacted)} of them redacted" if report.redacted else ""
     say(f"All is well: {read}{redacted}; the chain holds, and `tasks` is what the log says.")
+    for one in archives:
+        inside = f"{things(one['events'], 'event')} of {things(one['tasks'], 'task')}"
+        say(f"{one['file'].name}: {inside}, and they are what was archived.")
     if report.archived:
         say(
             f"{things(report.archived, 'event')} in archives not looked at: "

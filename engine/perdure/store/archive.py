@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from perdure.store.archivefile import (
     Moved,
     Stages,
     copy_out,
+    digest_pages,
     draft_of,
     named_blobs,
     read_moved,
@@ -274,17 +276,17 @@ def _move(
     tx: Transaction, *, batch: Sequence[Moved], archive: str, by: str, last: bool
 ) -> list[int]:
     """Archive these tasks, but for those that were changed; returns how many events each had."""
-    if sum(len(one.events) for one in batch) > MOST_EVENTS:  # one task alone
+    if sum(one.events for one in batch) > MOST_EVENTS:  # one task alone
         take_time(tx.connection)
     moved: list[Moved] = []
     for one in batch:
         fold = tx.fold(one.task_id)
-        if fold is None or fold.version != len(one.events) or fold.state.archive is not None:
+        if fold is None or fold.version != one.events or fold.state.archive is not None:
             continue  # as after a redaction: the copy has what was removed here
         note = Archived(
             by=by,
             archive=archive,
-            events=len(one.events),
+            events=one.events,
             position=one.stream_id,
             digest=one.digest,
             row=one.row,
@@ -294,29 +296,21 @@ def _move(
     if moved:
         tx.do_last(lambda: _delete_events(tx.connection, moved))
     tx.erases = last
-    return [len(one.events) for one in moved]
+    return [one.events for one in moved]
 
 
 def _delete_events(connection: Connection, moved: Sequence[Moved]) -> None:
     """Delete the events of tasks that are archived; what is deleted is what the archive has."""
-    expected = {position: digest for one in moved for position, digest in one.events}
-    found = {
-        row.position: bytes(row.digest)
-        for row in connection.execute(
-            sa.select(events.c.position, events.c.digest).where(
-                events.c.stream_id.in_([one.stream_id for one in moved]),
-                events.c.type != Archived.type,
-            )
-        )
-    }
-    if found != expected:
+    stream_ids = [one.stream_id for one in moved]
+    found = {key: hashlib.sha256() for key in stream_ids}
+    for rows in digest_pages(connection, stream_ids):
+        for stream_id, _position, digest in rows:
+            found[stream_id].update(digest)
+        open_gaps(connection, [(position, digest) for _stream, position, digest in rows])
+    if any(found[one.stream_id].hexdigest() != one.digest for one in moved):
         raise DatabaseCorrupt("events were changed while they were archived: run `perdure verify`")
-    open_gaps(connection, expected.items())
     connection.execute(
-        sa.delete(events).where(
-            events.c.stream_id.in_([one.stream_id for one in moved]),
-            events.c.type != Archived.type,
-        )
+        sa.delete(events).where(events.c.stream_id.in_(stream_ids), events.c.type != Archived.type)
     )
 
 

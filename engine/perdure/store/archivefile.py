@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from perdure.errors import DatabaseCorrupt, DatabaseUnavailable, PerdureError
-from perdure.events import ArchivedRow
+from perdure.events import Archived, ArchivedRow
 from perdure.store.bulk import Bulk, plain_rows
 from perdure.store.content import blob_digests
 from perdure.store.database import Database, Writer
@@ -36,6 +36,7 @@ __all__ = [
     "Moved",
     "Stages",
     "copy_out",
+    "digest_pages",
     "draft_of",
     "named_blobs",
     "read_moved",
@@ -61,19 +62,16 @@ class Moved:
     """A task that is in an archive.
 
     Attributes:
-        events: The positions and digests of its events, by version.
+        events: How many events it has.
+        digest: What an `archived` event says of them: the digest of their digests.
         row: What its row in `tasks` keeps.
     """
 
     task_id: str
     stream_id: int
-    events: tuple[tuple[int, bytes], ...]
+    events: int
+    digest: str
     row: ArchivedRow
-
-    @property
-    def digest(self) -> str:
-        """What an `archived` event says of the events."""
-        return hashlib.sha256(b"".join(digest for _, digest in self.events)).hexdigest()
 
 
 # -- its place -----------------------------------------------------------------------------------
@@ -221,7 +219,7 @@ def _copy_batch(source: Connection, writer: Writer, batch: Sequence[sa.RowMappin
         _INSERT_STREAM.execute(
             draft, [(row["stream_id"], row["task_id"], row["version"]) for row in batch]
         )
-        for rows in _events_of(source, [row["stream_id"] for row in batch]):
+        for rows in _pages(source, sa.select(events), [row["stream_id"] for row in batch]):
             _INSERT_EVENT.execute(draft, rows)
             done += len(rows)
             named = {
@@ -232,20 +230,41 @@ def _copy_batch(source: Connection, writer: Writer, batch: Sequence[sa.RowMappin
     return done
 
 
-def _events_of(source: Connection, stream_ids: Sequence[int]) -> Iterator[list[tuple[Any, ...]]]:
-    """Yield the events of these streams; those of several all at once, of one page by page."""
-    whole = sa.select(events).where(events.c.stream_id.in_(stream_ids))
+def _pages(
+    source: Connection, whole: sa.Select[Any], stream_ids: Sequence[int]
+) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield what is selected of the events of these streams, by stream and version.
+
+    Of several streams, which don't have many then, all at once; of one page by page.
+    """
+    whole = whole.where(events.c.stream_id.in_(stream_ids)).order_by(
+        events.c.stream_id, events.c.version
+    )
     if len(stream_ids) > 1:
         yield list(plain_rows(source, whole))
         return
     version = 0
-    page = whole.order_by(events.c.version).limit(MOST_EVENTS)
     while True:
-        rows = list(plain_rows(source, page.where(events.c.version > version)))
-        yield rows
-        if len(rows) < MOST_EVENTS:
+        page = whole.where(events.c.version.between(version + 1, version + MOST_EVENTS))
+        rows = list(plain_rows(source, page))
+        if not rows:
             return
-        version = rows[-1][2]
+        yield rows
+        version += MOST_EVENTS
+
+
+def digest_pages(
+    connection: Connection, stream_ids: Sequence[int]
+) -> Iterator[list[tuple[int, int, bytes]]]:
+    """Yield stream, position and digest of the events of streams that are one batch.
+
+    But for `archived` ones; by stream and version, and not too many at a time.
+    """
+    placed = sa.select(events.c.stream_id, events.c.position, events.c.digest).where(
+        events.c.type != Archived.type
+    )
+    for rows in _pages(connection, placed, stream_ids):
+        yield [(stream_id, position, bytes(digest)) for stream_id, position, digest in rows]
 
 
 def named_blobs(data: str) -> set[str]:
@@ -343,16 +362,19 @@ def read_moved(file: Path, after: int) -> list[Moved]:
     with database.snapshot() as connection:
         batches = _batches(connection, sa.select(tasks).where(tasks.c.stream_id > after), _NONE)
         batch = next(batches, None) or []
-        placed: dict[int, list[tuple[int, bytes]]] = {row["stream_id"]: [] for row in batch}
-        of_these = sa.select(events.c.stream_id, events.c.position, events.c.digest)
-        for row in connection.execute(
-            of_these.where(events.c.stream_id.in_(placed)).order_by(
-                events.c.stream_id, events.c.version
-            )
-        ):
-            placed[row.stream_id].append((row.position, bytes(row.digest)))
+        stream_ids = [row["stream_id"] for row in batch]
+        found = {key: hashlib.sha256() for key in stream_ids}
+        for rows in digest_pages(connection, stream_ids):
+            for stream_id, _position, digest in rows:
+                found[stream_id].update(digest)
     return [
-        Moved(row["task_id"], row["stream_id"], tuple(placed[row["stream_id"]]), _row_left(row))
+        Moved(
+            task_id=row["task_id"],
+            stream_id=row["stream_id"],
+            events=row["version"],
+            digest=found[row["stream_id"]].hexdigest(),
+            row=_row_left(row),
+        )
         for row in batch
     ]
 

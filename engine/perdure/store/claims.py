@@ -28,9 +28,11 @@ __all__ = [
     "Claimed",
     "Scope",
     "beat",
+    "beat_and_look",
     "claim",
     "forget_worker",
     "host_name",
+    "left_by_status",
     "load_blobs",
     "look_around",
     "next_due",
@@ -183,23 +185,35 @@ def _submitted(tx: Transaction, folds: Iterable[TaskFold]) -> dict[int, Submitte
 
 async def next_due(database: Database, scope: Scope) -> datetime | None:
     """Return when the next pending task of the scope may begin; None where none is pending."""
-    rows = await database.rows(
-        sa.select(
-            sa.func.min(tasks.c.available_at, type_=tasks.c.available_at.type).label("due")
-        ).where(tasks.c.status == "pending", *scope.conditions())
-    )
+    rows = await database.rows(_next_due(scope))
     due: datetime | None = rows[0]["due"]
     return due
 
 
+def _next_due(scope: Scope) -> sa.Select[Any]:
+    first = sa.func.min(tasks.c.available_at, type_=tasks.c.available_at.type)
+    return sa.select(first.label("due")).where(tasks.c.status == "pending", *scope.conditions())
+
+
 async def unfinished(database: Database, scope: Scope) -> int:
     """Return how many tasks of the scope are pending or running, whoever runs them."""
-    rows = await database.rows(
-        sa.select(sa.func.count())
-        .select_from(tasks)
-        .where(tasks.c.status.in_(("pending", "running")), *scope.conditions())
+    return sum(row["tasks"] for row in await database.rows(left_by_status(scope)))
+
+
+def left_by_status(scope: Scope) -> sa.CompoundSelect[tuple[str, int]]:
+    """Return the SQL for how many tasks of the scope are pending, and how many running.
+
+    One after the other, for each has an index that it alone is in; asked for together, they are
+    looked for among all tasks.
+    """
+    return sa.union_all(
+        *(
+            sa.select(sa.literal(status).label("status"), sa.func.count().label("tasks"))
+            .select_from(tasks)
+            .where(tasks.c.status == status, *scope.conditions())
+            for status in ("pending", "running")
+        )
     )
-    return int(rows[0]["count"])
 
 
 async def load_blobs(database: Database, digests: Sequence[str]) -> dict[str, bytes]:
@@ -265,28 +279,60 @@ class Census(NamedTuple):
     Attributes:
         alive: How many workers there are.
         lost: The workers that are gone, and owners of running tasks that nobody knows.
+        expires: When the next of those that are alive is lost, unless it shows itself before.
     """
 
     alive: int
     lost: list[str]
+    expires: datetime | None
+
+
+# The owners first: one that registers and claims in between must not look unknown.
+_OWNERS: Final = sa.select(tasks.c.worker).where(tasks.c.status == "running").distinct()
+_WORKERS: Final = sa.select(workers)
 
 
 async def look_around(database: Database, lease: timedelta, now: datetime) -> Census:
     """Count the workers, and find those that are gone."""
 
-    # The owners first: one that registers and claims in between must not look unknown.
-    async def look(connection: AsyncConnection) -> tuple[list[str], list[sa.RowMapping]]:
-        owners = await connection.scalars(
-            sa.select(tasks.c.worker).where(tasks.c.status == "running").distinct()
-        )
-        known = await connection.execute(sa.select(workers))
-        return [str(owner) for owner in owners], list(known.mappings())
+    async def look(connection: AsyncConnection) -> Census:
+        owners = (await connection.scalars(_OWNERS)).all()
+        known = (await connection.execute(_WORKERS)).mappings().all()
+        return _census(owners, known, lease, now)
 
-    owners, rows = await database.read(look)
-    gone = [row["worker_id"] for row in rows if not _alive(row, lease, now)]
+    return await database.read(look)
+
+
+def beat_and_look(
+    tx: Transaction, worker: str, lease: timedelta, scope: Scope | None
+) -> tuple[Census, datetime | None]:
+    """Write down that a worker is alive, and look around, all in one transaction.
+
+    Args:
+        tx: The transaction.
+        worker: Who does it.
+        lease: How long others may do without a sign of life.
+        scope: What to look for as `next_due` does; None for nothing.
+
+    Returns:
+        Who else there is, and when the next task of the scope is due.
+    """
+    beat(tx, worker)
+    owners = tx.connection.scalars(_OWNERS).all()
+    known = tx.connection.execute(_WORKERS).mappings().all()
+    due = None if scope is None else tx.connection.scalar(_next_due(scope))
+    return _census(owners, known, lease, tx.at), due
+
+
+def _census(
+    owners: Iterable[str | None], rows: Sequence[sa.RowMapping], lease: timedelta, now: datetime
+) -> Census:
+    alive = [row for row in rows if _alive(row, lease, now)]
     known = {row["worker_id"] for row in rows}
-    lost = [*gone, *(owner for owner in owners if owner not in known)]
-    return Census(len(rows) - len(gone), lost)
+    gone = known.difference(row["worker_id"] for row in alive)
+    lost = [*sorted(gone), *(str(owner) for owner in owners if owner not in known)]
+    ends = (row["heartbeat_at"] + lease for row in alive)
+    return Census(len(alive), lost, min(ends, default=None))
 
 
 def _alive(row: sa.RowMapping, lease: timedelta, now: datetime) -> bool:

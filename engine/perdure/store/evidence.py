@@ -7,7 +7,7 @@ and all of them, the log's `archived` events show.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 
 from perdure.errors import PerdureError
 from perdure.events import Archived, decode
+from perdure.store.bulk import plain_rows
 from perdure.store.database import Database
 from perdure.store.rebuilding import compare
 from perdure.store.scanning import Progress, as_stored
@@ -115,35 +116,55 @@ def _check_page(
     ids = {row[1]: row[0] for row in page}
     known = set(log.scalars(sa.select(streams.c.task_id).where(streams.c.task_id.in_(ids))))
     notes = _notes(log, list(ids))
-    digests: dict[int, list[tuple[int, bytes]]] = {key: [] for key in ids.values()}
-    for row in inside.execute(
-        sa.select(events.c.stream_id, events.c.position, as_stored(events.c.digest))
-        .where(events.c.stream_id.in_(digests))
-        .order_by(events.c.stream_id, events.c.version)
-    ):
-        digest = row.digest if isinstance(row.digest, bytes) else b""
-        digests[row.stream_id].append((row.position, digest))
+    moved = {ids[task_id]: _Moved(note) for task_id, note in notes.items()}
+    _walk(inside, moved, None if expect is None else expect[0])
     for task_id, stream_id in ids.items():
         note = notes.get(task_id)
         if note is None:  # as after an interruption: it was copied, and is still in the log
             if task_id not in known:
                 found.problems.append(f"{task_id}: the log doesn't know it")
             continue
-        moved = digests[stream_id][: note.events]
-        found_digest = hashlib.sha256(b"".join(one for _, one in moved)).hexdigest()
-        if found_digest != note.digest or stream_id != note.position:
+        one = moved[stream_id]
+        if one.digest.hexdigest() != note.digest or stream_id != note.position:
             # One that was changed after it was copied went into a later archive as it was then.
             if note.archive == name:
                 found.wrong += 1
                 found.problems.append(f"{task_id}: it is not what the log says was archived")
             continue
-        if expect is not None and expect[0] in dict(moved):
+        if expect is not None and one.expected is not None:
             found.has_expected = True
-            if dict(moved)[expect[0]].hex() != expect[1]:
+            if one.expected.hex() != expect[1]:
                 found.problems.append(f"position {expect[0]}: its digest is not the one expected")
         if note.archive == name:
             found.tasks += 1
             found.events += note.events
+
+
+class _Moved:
+    """What was found of a task: the digest of its digests, and that at the expected position."""
+
+    def __init__(self, note: Archived) -> None:
+        self.left = note.events  # what follows was added here, as by a redaction
+        self.digest = hashlib.sha256()
+        self.expected: bytes | None = None
+
+
+def _walk(inside: Connection, moved: Mapping[int, _Moved], expected: int | None) -> None:
+    """Take in the events of these tasks, however many there are."""
+    placed = (
+        sa.select(events.c.stream_id, events.c.position, as_stored(events.c.digest))
+        .where(events.c.stream_id.in_(moved))
+        .order_by(events.c.stream_id, events.c.version)
+    )
+    for stream_id, position, stored in plain_rows(inside, placed):
+        one = moved[stream_id]
+        if not one.left:
+            continue
+        one.left -= 1
+        digest = stored if isinstance(stored, bytes) else b""
+        one.digest.update(digest)
+        if position == expected:
+            one.expected = digest
 
 
 def _notes(log: Connection, task_ids: list[str]) -> dict[str, Archived]:

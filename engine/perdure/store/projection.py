@@ -88,7 +88,7 @@ class TaskFold:
             InvalidTransition: One of them can't follow.
         """
         self._state = extend(self.state, pieces)
-        self._text.extend([text for _offset, text in pieces])
+        self._text.append("".join([text for _offset, text in pieces]))
 
     def apply_one(self, event: Event, at: datetime) -> None:
         """Fold in one event that was recorded at ``at``.

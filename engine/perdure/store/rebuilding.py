@@ -210,7 +210,8 @@ def _fold(connection: Connection, found: Sequence[tuple[Any, ...]]) -> dict[int,
                 f"{fold.task_id} version {version} can't be folded: run `perdure verify`"
             )
         expected += 1
-        piece = decode_text(schema_version, data) if type_ == "chunk" and version > 1 else None
+        gathers = type_ == "chunk" and version > 1 and len(text) < scanning.PAGE
+        piece = decode_text(schema_version, data) if gathers else None
         if piece is not None:
             text.append(piece)
             continue

@@ -35,6 +35,7 @@ from perdure.events import (
     Submitted,
     chain_digest,
     decode,
+    decode_text,
     encode,
 )
 from perdure.store.bulk import Bulk
@@ -46,6 +47,8 @@ __all__ = ["FoldCache", "Transaction", "chunks_of"]
 
 # Well below the number of parameters a statement may have on any supported SQLite.
 IN_LIMIT: Final = 500
+# So many events of a stream are read at a time, however long it is.
+MOST_FOLDED: Final = 5000
 
 # Made once: for small transactions, making a statement costs more than executing it.
 _FIND_STREAMS: Final = Statement(
@@ -119,7 +122,8 @@ _STREAM_EVENTS: Final = Statement(
     .where(
         events.c.stream_id == sa.bindparam("of_stream"), events.c.version > sa.bindparam("after")
     )
-    .order_by(events.c.version),
+    .order_by(events.c.version)
+    .limit(MOST_FOLDED),
     ("of_stream", "after"),
 )
 
@@ -243,19 +247,19 @@ class Transaction:
     def _load(self, fold: TaskFold) -> TaskFold:
         # Forgotten first: were something unreadable half way, the fold would be of no version.
         self._cache.drop((fold.task_id,))
-        rows = _STREAM_EVENTS.rows(self.connection, fold.stream_id, fold.version)
-        for version, type_, schema_version, data, recorded_at in rows:
-            if type_ == Archived.type and version != fold.version + 1:
-                # What the fold would go on with is in an archive: it begins anew.
-                fold = TaskFold(fold.task_id, fold.stream_id)
+        after = fold.version
+        while True:
+            rows = _STREAM_EVENTS.rows(self.connection, fold.stream_id, after)
             try:
-                fold.apply_one(decode(type_, schema_version, data), recorded_at)
-            except InvalidTransition as error:
+                fold = _folded(fold, rows)
+            except (InvalidTransition, LookupError) as error:
                 raise DatabaseCorrupt(
-                    f"{fold.task_id} version {version} can't be folded ({error}): "
+                    f"{fold.task_id} can't be folded after version {after} ({error}): "
                     "run `perdure verify`"
                 ) from None
-        return fold
+            if len(rows) < MOST_FOLDED:
+                return fold
+            after = rows[-1][0]
 
     # -- staging ---------------------------------------------------------------------------------
 
@@ -440,3 +444,23 @@ class Transaction:
         ]
         if new:
             self.connection.execute(_INSERT_BLOB[self.connection.dialect.name], new)
+
+
+def _folded(fold: TaskFold, rows: Iterable[Sequence[Any]]) -> TaskFold:
+    """Return the fold after these events, of which chunks of text are taken in together."""
+    text: list[tuple[int, str]] = []
+    for version, type_, schema_version, data, recorded_at in rows:
+        piece = decode_text(schema_version, data) if type_ == Chunk.type else None
+        if piece is not None:
+            text.append(piece)
+            continue
+        if text:
+            fold.apply_text(text)
+            text.clear()
+        if type_ == Archived.type and version != fold.version + 1:
+            # What the fold would go on with is in an archive: it begins anew.
+            fold = TaskFold(fold.task_id, fold.stream_id)
+        fold.apply_one(decode(type_, schema_version, data), recorded_at)
+    if text:
+        fold.apply_text(text)
+    return fold
