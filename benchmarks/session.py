@@ -82,17 +82,10 @@ class Session:
         return self._server.database(bare=bare)
 
     def log_on_server(self, events: int, *, pending: int = 0) -> str:
-        """Return a new database on PostgreSQL with so many events of ended tasks, vacuumed."""
-        from perdure.store.database import Database
-
+        """Return a new database on PostgreSQL with so many events of ended tasks."""
         self.say(f"writing a log of {events:,} events on PostgreSQL ...")
         url = self.on_server()
         build_log(url, events, pending=pending)
-        writer = Database(url).writer()
-        try:
-            writer.vacuum(full=False)  # as the server does by itself, sooner or later
-        finally:
-            writer.close()
         return url
 
     def close(self) -> None:
