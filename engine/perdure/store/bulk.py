@@ -49,7 +49,9 @@ def plain_pages(
 
 
 class Bulk:
-    """Rows to be inserted into a table, or to be changed there. They hold nothing binary but digests.
+    """Rows to be inserted into a table, or to be changed there.
+
+    They are held in memory at once, twice or three times, so they hold nothing large but text.
 
     Args:
         table: Which.
@@ -103,7 +105,7 @@ class _OnSqlite:
         self._group = f"({', '.join('?' * len(columns))})"
         names = [column.name for column in columns]
         if key is None:
-            self._begin = f"INSERT INTO {table.name} ({', '.join(names)}) VALUES "  # noqa: S608
+            self._begin = f"INSERT INTO {table.name} ({', '.join(names)}) VALUES "
             self._end = ""
         else:
             given = {name: f"given.column{number}" for number, name in enumerate(names, 1)}
@@ -143,10 +145,13 @@ class _OnPostgresql:
         source = f"FROM json_to_recordset(%s::json) AS given({described})"
         if key is None:
             names, values = ", ".join(given), ", ".join(given.values())
-            self._sql = f"INSERT INTO {table.name} ({names}) SELECT {values} {source}"  # noqa: S608
+            self._sql = f"INSERT INTO {table.name} ({names}) SELECT {values} {source}"
         else:
             changes = ", ".join(f"{name} = {value}" for name, value in given.items() if name != key)
-            self._sql = f"UPDATE {table.name} SET {changes} {source} WHERE {table.name}.{key} = {given[key]}"
+            self._sql = (
+                f"UPDATE {table.name} SET {changes} {source} "
+                f"WHERE {table.name}.{key} = {given[key]}"
+            )
         self._names = tuple(f"{name}" for name in given)  # orjson wants no subclass of str
 
     def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:

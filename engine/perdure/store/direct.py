@@ -49,7 +49,9 @@ class Statement:
         names: Its bind parameters, in the order in which `rows` and `change` are given values.
     """
 
-    def __init__(self, statement: sa.Select[Any] | sa.Update, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, statement: sa.Select[*tuple[Any, ...]] | sa.Update, names: Sequence[str] = ()
+    ) -> None:
         self._statement = statement
         self._names: Final = tuple(names)
         self._compiled: dict[str, _Compiled] = {}
@@ -82,7 +84,10 @@ class Statement:
 
 class _Compiled:
     def __init__(
-        self, statement: sa.Select[Any] | sa.Update, names: tuple[str, ...], dialect: Dialect
+        self,
+        statement: sa.Select[*tuple[Any, ...]] | sa.Update,
+        names: tuple[str, ...],
+        dialect: Dialect,
     ) -> None:
         compiled = statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
         assert isinstance(compiled, SQLCompiler)  # noqa: S101 - which it always is
@@ -107,7 +112,7 @@ class _Compiled:
         self.packed = dialect.name == "sqlite" and bool(columns) and not binary
         if self.packed:
             row = ", ".join(f'"{column.name}"' for column in columns)
-            self.sql = f"SELECT json_group_array(json_array({row})) FROM ({self.sql})"  # noqa: S608
+            self.sql = f"SELECT json_group_array(json_array({row})) FROM ({self.sql})"
 
     def parameters(self, values: Sequence[object]) -> Any:  # noqa: ANN401 - as the driver wants it
         if self._fixed:

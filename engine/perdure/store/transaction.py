@@ -303,7 +303,8 @@ class Transaction:
         found: dict[str, str] = {}
         for part in chunks_of(keys):
             found.update((key, self._keys[key]) for key in part if key in self._keys)
-            found.update(_KNOWN_KEYS.rows(self.connection, part))
+            rows = _KNOWN_KEYS.rows(self.connection, part)
+            found.update((key, task_id) for key, task_id in rows)
         return found
 
     def prefetch_keys(self, keys: Iterable[str]) -> None:
