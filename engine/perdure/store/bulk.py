@@ -84,6 +84,13 @@ class Bulk:
             return [processed(row, processors) for row in rows]
         return [tuple(row) for row in rows]
 
+    def bound_value(self, dialect: Dialect, name: str, value: object) -> Any:  # noqa: ANN401
+        """Return one value as the driver would get it, for who has it in many rows."""
+        for index, process in self._compiled_for(dialect).processors:
+            if self._columns[index].name == name:
+                return process(value)
+        return value
+
     def _compiled_for(self, dialect: Dialect) -> _OnSqlite | _OnPostgresql:
         compiled = self._compiled.get(dialect.name)
         if compiled is None:
@@ -133,11 +140,7 @@ class _OnPostgresql:
     def __init__(
         self, table: sa.Table, columns: Columns, key: str | None, dialect: Dialect
     ) -> None:
-        self.processors = [
-            (index, process)
-            for index, process in processors_of([c.type for c in columns], dialect, binding=True)
-            if not isinstance(columns[index].type, sa.LargeBinary)  # JSON has text for it
-        ]
+        self.processors = processors_of([c.type for c in columns], dialect, binding=True)
         self.most = MOST_AS_JSON
         types = {c.name: c.type.compile(dialect).split(" COLLATE")[0] for c in columns}
         given = {name: f"given.{name}::{kind}" for name, kind in types.items()}
