@@ -48,6 +48,7 @@ _NOT_LOOKED: Final = datetime.min.replace(tzinfo=UTC)
 FIRST_TURN_SECONDS: Final = 0.01
 CLAIMS_IN_A_TURN: Final = 2.0
 MOST_SPREAD_SECONDS: Final = 1.0
+CALM_SECONDS: Final = 0.02
 IN_VAIN_SECONDS: Final = 0.05
 _logger: Final = logging.getLogger("perdure")
 
@@ -174,7 +175,7 @@ class Worker:
                 idle = not began and not self._running
                 if idle and self._until_done and await self._nothing_left():
                     break
-                if not began or len(self._running) >= self.settings.concurrency:
+                if not (began and self._more) or len(self._running) >= self.settings.concurrency:
                     await self._sleep()
             if self._running:
                 await asyncio.wait(set(self._running.values()))
@@ -270,28 +271,38 @@ class Worker:
 
     def _patience(self) -> float | None:
         """Return after how many seconds to look for work again; None where heartbeats do that."""
-        if not self._hears_of_all:
-            return self.settings.poll_seconds
-        return self.settings.lease_seconds if self._running else None
-
-    async def _sleep(self) -> None:
-        """Wait for news: something was submitted or has ended here, or others may have done so."""
-        wait = self._patience()
-        if len(self._running) < self.settings.concurrency:
-            due = await self._look() if self._due is _NOT_LOOKED else self._due
-            self._due = _NOT_LOOKED
-            if due is not None:
-                left = max(0.0, (due - self._database.now).total_seconds())
-                wait = left if wait is None else min(wait, left)
+        wait: float | None = self.settings.poll_seconds
+        if self._hears_of_all:
+            wait = self.settings.lease_seconds if self._running else None
+        due = None if self._due is _NOT_LOOKED else self._due
+        if due is not None and len(self._running) < self.settings.concurrency:
+            left = max(0.0, (due - self._database.now).total_seconds())
+            wait = left if wait is None else min(wait, left)
         if self._in_vain and wait is not None:
             # What is due was being taken by somebody who has yet to commit that.
             wait = max(wait, IN_VAIN_SECONDS)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait):
-                await self._wake.wait()
+        return wait
+
+    async def _sleep(self) -> None:
+        """Wait for news: something was submitted or has ended here, or others may have done so."""
+        if len(self._running) < self.settings.concurrency and self._due is _NOT_LOOKED:
+            # What was just claimed is served first; news within that time make it look anyway.
+            if not await self._woken(CALM_SECONDS):
+                self._due = await self._look()
+                await self._woken(self._patience())
+        else:
+            await self._woken(self._patience())
+        self._due = _NOT_LOOKED
         if self._told:  # not all at once: the later ones find that it has been taken
             self._told = False
             await asyncio.sleep(self._any_turn())
+
+    async def _woken(self, wait: float | None) -> bool:
+        """Wait for so many seconds; returns whether there was news before they were over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait):
+                return await self._wake.wait()
+        return False
 
     def _any_turn(self) -> float:
         """Return how many seconds to wait, so that not all workers do the same at once."""

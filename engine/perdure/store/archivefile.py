@@ -231,7 +231,7 @@ def _copy_batch(source: Connection, writer: Writer, batch: Sequence[sa.RowMappin
 
 
 def _pages(
-    source: Connection, whole: sa.Select[Any], stream_ids: Sequence[int]
+    source: Connection, whole: sa.Select[*tuple[Any, ...]], stream_ids: Sequence[int]
 ) -> Iterator[list[tuple[Any, ...]]]:
     """Yield what is selected of the events of these streams, by stream and version.
 

@@ -49,7 +49,9 @@ def plain_pages(
 
 
 class Bulk:
-    """Rows to be inserted into a table, or to be changed there. They hold nothing binary but digests.
+    """Rows to be inserted into a table, or to be changed there.
+
+    They are held in memory at once, twice or three times, so they hold nothing large but text.
 
     Args:
         table: Which.
@@ -82,6 +84,13 @@ class Bulk:
             return [processed(row, processors) for row in rows]
         return [tuple(row) for row in rows]
 
+    def bound_value(self, dialect: Dialect, name: str, value: object) -> Any:  # noqa: ANN401
+        """Return one value as the driver would get it, for who has it in many rows."""
+        for index, process in self._compiled_for(dialect).processors:
+            if self._columns[index].name == name:
+                return process(value)
+        return value
+
     def _compiled_for(self, dialect: Dialect) -> _OnSqlite | _OnPostgresql:
         compiled = self._compiled.get(dialect.name)
         if compiled is None:
@@ -103,7 +112,7 @@ class _OnSqlite:
         self._group = f"({', '.join('?' * len(columns))})"
         names = [column.name for column in columns]
         if key is None:
-            self._begin = f"INSERT INTO {table.name} ({', '.join(names)}) VALUES "  # noqa: S608
+            self._begin = f"INSERT INTO {table.name} ({', '.join(names)}) VALUES "
             self._end = ""
         else:
             given = {name: f"given.column{number}" for number, name in enumerate(names, 1)}
@@ -131,11 +140,7 @@ class _OnPostgresql:
     def __init__(
         self, table: sa.Table, columns: Columns, key: str | None, dialect: Dialect
     ) -> None:
-        self.processors = [
-            (index, process)
-            for index, process in processors_of([c.type for c in columns], dialect, binding=True)
-            if not isinstance(columns[index].type, sa.LargeBinary)  # JSON has text for it
-        ]
+        self.processors = processors_of([c.type for c in columns], dialect, binding=True)
         self.most = MOST_AS_JSON
         types = {c.name: c.type.compile(dialect).split(" COLLATE")[0] for c in columns}
         given = {name: f"given.{name}::{kind}" for name, kind in types.items()}
@@ -143,10 +148,13 @@ class _OnPostgresql:
         source = f"FROM json_to_recordset(%s::json) AS given({described})"
         if key is None:
             names, values = ", ".join(given), ", ".join(given.values())
-            self._sql = f"INSERT INTO {table.name} ({names}) SELECT {values} {source}"  # noqa: S608
+            self._sql = f"INSERT INTO {table.name} ({names}) SELECT {values} {source}"
         else:
             changes = ", ".join(f"{name} = {value}" for name, value in given.items() if name != key)
-            self._sql = f"UPDATE {table.name} SET {changes} {source} WHERE {table.name}.{key} = {given[key]}"
+            self._sql = (
+                f"UPDATE {table.name} SET {changes} {source} "
+                f"WHERE {table.name}.{key} = {given[key]}"
+            )
         self._names = tuple(f"{name}" for name in given)  # orjson wants no subclass of str
 
     def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:

@@ -200,7 +200,7 @@ async def unfinished(database: Database, scope: Scope) -> int:
     return sum(row["tasks"] for row in await database.rows(left_by_status(scope)))
 
 
-def left_by_status(scope: Scope) -> sa.CompoundSelect[tuple[str, int]]:
+def left_by_status(scope: Scope) -> sa.CompoundSelect[str, int]:
     """Return the SQL for how many tasks of the scope are pending, and how many running.
 
     One after the other, for each has an index that it alone is in; asked for together, they are

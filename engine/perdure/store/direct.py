@@ -49,7 +49,9 @@ class Statement:
         names: Its bind parameters, in the order in which `rows` and `change` are given values.
     """
 
-    def __init__(self, statement: sa.Select[Any] | sa.Update, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, statement: sa.Select[*tuple[Any, ...]] | sa.Update, names: Sequence[str] = ()
+    ) -> None:
         self._statement = statement
         self._names: Final = tuple(names)
         self._compiled: dict[str, _Compiled] = {}
@@ -57,13 +59,28 @@ class Statement:
     def rows(self, connection: Connection, *values: object) -> Sequence[Sequence[Any]]:
         """Return all rows of a SELECT."""
         compiled = self._compiled_for(connection.dialect)
-        rows: Sequence[Sequence[Any]] = execute(
-            connection, compiled.sql, compiled.parameters(values)
-        ).fetchall()
-        if compiled.packed:
-            rows = orjson.loads(rows[0][0])
+        parameters = compiled.parameters(values)
+        rows = self._packed(connection, compiled, parameters)
+        if rows is None:
+            rows = execute(connection, compiled.sql, parameters).fetchall()
         if compiled.results:
             return [processed(row, compiled.results) for row in rows]
+        return rows
+
+    def _packed(
+        self,
+        connection: Connection,
+        compiled: _Compiled,
+        parameters: Any,  # noqa: ANN401 - as the driver wants it
+    ) -> list[Sequence[Any]] | None:
+        """Return all rows, read as one; None where that can't be."""
+        if compiled.packed is None:
+            return None
+        try:
+            ((text,),) = execute(connection, compiled.packed, parameters).fetchall()
+        except connection.dialect.loaded_dbapi.DataError:  # larger than a text may be
+            return None
+        rows: list[Sequence[Any]] = orjson.loads(text)
         return rows
 
     def change(self, connection: Connection, *values: object) -> int:
@@ -82,7 +99,10 @@ class Statement:
 
 class _Compiled:
     def __init__(
-        self, statement: sa.Select[Any] | sa.Update, names: tuple[str, ...], dialect: Dialect
+        self,
+        statement: sa.Select[*tuple[Any, ...]] | sa.Update,
+        names: tuple[str, ...],
+        dialect: Dialect,
     ) -> None:
         compiled = statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
         assert isinstance(compiled, SQLCompiler)  # noqa: S101 - which it always is
@@ -104,10 +124,10 @@ class _Compiled:
         columns = list(statement.selected_columns) if isinstance(statement, sa.Select) else []
         self.results = processors_of([column.type for column in columns], dialect, binding=False)
         binary = any(isinstance(column.type, sa.LargeBinary) for column in columns)
-        self.packed = dialect.name == "sqlite" and bool(columns) and not binary
-        if self.packed:
+        self.packed = None
+        if dialect.name == "sqlite" and columns and not binary:
             row = ", ".join(f'"{column.name}"' for column in columns)
-            self.sql = f"SELECT json_group_array(json_array({row})) FROM ({self.sql})"  # noqa: S608
+            self.packed = f"SELECT json_group_array(json_array({row})) FROM ({self.sql})"
 
     def parameters(self, values: Sequence[object]) -> Any:  # noqa: ANN401 - as the driver wants it
         if self._fixed:
@@ -125,6 +145,8 @@ def processors_of(
     """Return what turns values into the driver's (``binding``) or back, by their place."""
     found: list[tuple[int, Processor]] = []
     for index, kind in enumerate(types):
+        if isinstance(kind, sa.LargeBinary):  # both drivers take bytes as they are, and give them
+            continue
         own = kind.dialect_impl(dialect)
         process = own.bind_processor(dialect) if binding else own.result_processor(dialect, None)
         if process is not None:

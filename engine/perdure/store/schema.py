@@ -7,7 +7,6 @@ test keeps the two equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -69,7 +68,7 @@ class Timestamp(TypeDecorator[datetime]):
             return dialect.type_descriptor(TIMESTAMP(timezone=True))
         return dialect.type_descriptor(Text())
 
-    def bind_processor(self, dialect: Dialect) -> Callable[[datetime | None], Any] | None:
+    def bind_processor(self, dialect: Dialect) -> Any:  # noqa: ANN401 - a function, or None
         """Return what turns a moment into what is stored; None where nothing has to."""
         return None if dialect.name == "postgresql" else _as_text
 

@@ -303,7 +303,8 @@ class Transaction:
         found: dict[str, str] = {}
         for part in chunks_of(keys):
             found.update((key, self._keys[key]) for key in part if key in self._keys)
-            found.update(_KNOWN_KEYS.rows(self.connection, part))
+            rows = _KNOWN_KEYS.rows(self.connection, part)
+            found.update((key, task_id) for key, task_id in rows)
         return found
 
     def prefetch_keys(self, keys: Iterable[str]) -> None:
@@ -347,6 +348,7 @@ class Transaction:
         stream_rows: list[tuple[Any, ...]] = []
         event_rows: list[tuple[Any, ...]] = []
         written: list[RecordedEvent] = []
+        moment = _INSERT_EVENT.bound_value(self.connection.dialect, "recorded_at", self.at)
         for task_id, staged in self._staged.items():
             fold = staged.fold
             if staged.new:
@@ -373,14 +375,14 @@ class Transaction:
                         stored.type,
                         stored.schema_version,
                         stored.data.decode(),
-                        self.at,
+                        moment,
                         digest,
                     )
                 )
                 written.append(RecordedEvent(position, task_id, version, event, self.at))
                 version += 1
         _INSERT_STREAM.execute(self.connection, stream_rows)
-        _INSERT_EVENT.execute(self.connection, event_rows)
+        _INSERT_EVENT.execute_bound(self.connection, event_rows)
         self._flush_rows()
         _MOVE_HEAD.change(self.connection, position, digest)
         for work in self._last:

@@ -1,0 +1,112 @@
+"""Statements straight on the driver's connection: the same rows, however they are fetched."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
+
+from perdure.store.bulk import Bulk
+from perdure.store.database import Database
+from perdure.store.direct import Statement, is_among
+from perdure.store.schema import streams
+
+_STREAMS = Statement(
+    sa.select(streams.c.stream_id, streams.c.task_id)
+    .where(is_among(streams.c.task_id, "names"), streams.c.version > 0)
+    .order_by(streams.c.task_id.desc()),
+    ("names",),
+)
+_MOVE = Statement(
+    sa.update(streams)
+    .where(is_among(streams.c.stream_id, "keys"))
+    .values(version=streams.c.version + sa.bindparam("by")),
+    ("by", "keys"),
+)
+_ROWS = Bulk(streams, ("stream_id", "task_id", "version"))
+
+
+@pytest.fixture
+def connection(database_url: str) -> Generator[Connection, None, None]:
+    """A connection in a transaction, with a thousand streams."""
+    database = Database(database_url)
+    database.prepare()
+    writer = database.writer()
+    try:
+        with writer.transaction() as connection:
+            _ROWS.execute(connection, [(n, f"täsk_{n:04}", 1) for n in range(1000)])
+            yield connection
+    finally:
+        writer.close()
+
+
+def test_rows_in_order(connection: Connection) -> None:
+    """Any number of values, none too, is one parameter; rows come in the order asked for."""
+    wanted = [f"täsk_{n:04}" for n in (3, 999, 500, 5000)]
+    assert [tuple(row) for row in _STREAMS.rows(connection, wanted)] == [
+        (999, "täsk_0999"),
+        (500, "täsk_0500"),
+        (3, "täsk_0003"),
+    ]
+    assert not _STREAMS.rows(connection, [])
+    assert len(_STREAMS.rows(connection, [f"täsk_{n:04}" for n in range(1000)])) == 1000
+
+
+def test_changes_are_counted(connection: Connection) -> None:
+    """What changes rows says how many."""
+    assert _MOVE.change(connection, 4, [1, 2, 1001]) == 2
+    found = connection.scalars(sa.select(streams.c.stream_id).where(streams.c.version == 5))
+    assert sorted(found) == [1, 2]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 999])
+def test_many_rows_are_changed(connection: Connection, count: int) -> None:
+    """Rows are found by their key and changed, the others stay."""
+    changing = Bulk(streams, ("version", "stream_id"), key="stream_id")
+    changing.execute(connection, [(n + 10, n) for n in range(count)])
+    found = connection.execute(sa.select(streams.c.stream_id, streams.c.version))
+    versions = {row.stream_id: row.version for row in found}
+    assert versions == {n: n + 10 if n < count else 1 for n in range(1000)}
+
+
+def test_what_the_database_refuses(connection: Connection) -> None:
+    """A broken rule is SQLAlchemy's error, as from its own execution, and quotes no values."""
+    with pytest.raises(IntegrityError) as refused, connection.begin_nested():
+        _ROWS.execute(connection, [(2000, "täsk_0001", 1)])
+    assert refused.value.orig is not None
+    assert refused.value.params is None
+
+
+def test_more_than_a_text_may_hold(tmp_path: Path) -> None:
+    """What doesn't fit into one text is fetched row by row."""
+    database = Database(tmp_path / "log.db")
+    database.prepare()
+    writer = database.writer()
+    try:
+        with writer.transaction() as connection:
+            _ROWS.execute(connection, [(n, f"task_{n:04}", 1) for n in range(1000)])
+            raw: Any = connection.connection.dbapi_connection
+            before = raw.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 20_000)
+            names = [f"task_{n:04}" for n in range(999, -1, -1)]
+            with pytest.raises(sqlite3.DataError):
+                raw.execute("SELECT json_group_array(task_id || task_id) FROM streams")
+            found = _STREAMS.rows(connection, names)
+            raw.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
+        assert [row[1] for row in found] == names
+    finally:
+        writer.close()
+
+
+def test_a_name_that_the_statement_does_not_have() -> None:
+    """A statement that is given something it doesn't ask for is a mistake of ours."""
+    wrong = Statement(sa.select(streams.c.task_id), ("missing",))
+    engine = sa.create_engine("sqlite://")
+    with engine.connect() as connection, pytest.raises(ValueError, match="missing"):
+        wrong.rows(connection, 1)
+    engine.dispose()
