@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 import sqlalchemy as sa
 
-from perdure.store.claims import Scope, left_by_status
+from perdure.events import Submitted
+from perdure.store.claims import Scope, claim, left_by_status, register_worker
 from perdure.store.database import Database
+from perdure.store.transaction import FoldCache, Transaction
 from store.backends import Backend, opened
 
 
@@ -30,3 +36,47 @@ async def test_what_is_left_is_not_looked_for_among_all_tasks(
             plan = str(connection.execute(sa.text(f"{explain} {asked}")).all())
         assert "tasks_due" in plan, plan
         assert "tasks_running" in plan, plan
+
+
+@pytest.mark.parametrize(
+    ("scope", "index"),
+    [
+        (Scope(), "tasks_due"),
+        (Scope(platforms=("demo", "other")), "tasks_due"),
+        (Scope(platforms=("demo",), batch="b"), "tasks_due_in_batch"),
+        (Scope(batch="b"), "tasks_due_in_batch"),
+    ],
+    ids=["everything", "platforms", "a batch on a platform", "a batch"],
+)
+def test_what_is_due_is_found_in_its_order(tmp_path: Path, scope: Scope, index: str) -> None:
+    """The first tasks are read off an index; nothing that waits is sorted for them.
+
+    On SQLite: what PostgreSQL does depends on its statistics.
+    """
+    database = Database(tmp_path / "log.db")
+    database.prepare()
+    writer = database.writer()
+    asked: list[str] = []
+    try:
+        with writer.transaction() as connection:
+            transaction = Transaction(connection, FoldCache(), writer.now())
+            register_worker(transaction, "w")
+            for number in range(200):
+                task = {"prompt": "Hello", "batch": "b" if number % 2 else "other"}
+                event = Submitted(task=task, platforms=("demo",))
+                transaction.append(f"demo_{number}", (event,), 0)
+            transaction.flush()
+        with writer.transaction() as connection:
+            raw: Any = connection.connection.dbapi_connection
+            raw.set_trace_callback(asked.append)
+            transaction = Transaction(connection, FoldCache(), writer.now())
+            assert len(claim(transaction, "w", 3, scope, {})) == 3
+            raw.set_trace_callback(None)
+        (due,) = (statement for statement in asked if "'pending'" in statement)
+        with writer.transaction() as connection:
+            rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {due}").all()
+    finally:
+        writer.close()
+    plan = [row[3] for row in rows]
+    assert any(step.split(" (")[0].endswith(f"USING INDEX {index}") for step in plan), plan
+    assert not any("TEMP B-TREE" in step for step in plan), plan

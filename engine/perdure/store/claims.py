@@ -126,11 +126,11 @@ def claim(
 
 
 def _due_tasks(tx: Transaction, scope: Scope, limit: int) -> list[str]:
-    given: dict[sa.Column[Any], Collection[str]] = {}
+    given: dict[sa.Column[Any], str | Collection[str]] = {}
+    if scope.batch is not None:
+        given[tasks.c.batch] = scope.batch
     if scope.platforms is not None:
         given[tasks.c.platform] = scope.platforms
-    if scope.batch is not None:
-        given[tasks.c.batch] = (scope.batch,)
     if scope.task_ids is not None:
         given[tasks.c.task_id] = scope.task_ids
     rows = _due(tuple(given)).rows(tx.connection, tx.at, limit, *given.values())
@@ -139,13 +139,22 @@ def _due_tasks(tx: Transaction, scope: Scope, limit: int) -> list[str]:
 
 @cache
 def _due(restricted: tuple[sa.Column[Any], ...]) -> Statement:
-    """Return the statement for what is due, where some columns have one of the values given."""
+    """Return the statement for what is due, where some columns have one of the values given.
+
+    The batch is only one, and equal to it: so its tasks are found in the order asked for.
+    """
+    conditions = (
+        column == sa.bindparam("of_batch")
+        if column is tasks.c.batch
+        else is_among(column, f"of_{column.name}")
+        for column in restricted
+    )
     return Statement(
         sa.select(tasks.c.task_id)
         .where(
             tasks.c.status == sa.literal_column("'pending'"),  # so that its index can be used
             tasks.c.available_at <= sa.bindparam("now", type_=tasks.c.available_at.type),
-            *(is_among(column, f"of_{column.name}") for column in restricted),
+            *conditions,
         )
         .join(streams, streams.c.stream_id == tasks.c.stream_id)
         .order_by(tasks.c.priority, tasks.c.stream_id)

@@ -232,9 +232,13 @@ def _partial(name: str, condition: str, *columns: str) -> None:
     Index(name, *(tasks.c[c] for c in columns), sqlite_where=where, postgresql_where=where)
 
 
-# Each serves one question: what is due, who runs what, what is in a batch, what went wrong, what
-# was run again. Finished tasks, most of all, are in none of the first two.
+# Each serves one question: what is due, what is due in a batch, who runs what, what is in a batch,
+# what went wrong, what was run again. Finished tasks, most of all, are in none of the first three.
 _partial("tasks_due", "status = 'pending'", "priority", "stream_id")
+_partial(
+    *("tasks_due_in_batch", "status = 'pending' AND batch IS NOT NULL"),
+    *("batch", "priority", "stream_id"),
+)
 _partial("tasks_running", "status = 'running'", "worker")
 _partial("tasks_batch", "batch IS NOT NULL", "batch", "status")
 _partial("tasks_unsuccessful", "status IN ('failed', 'cancelled')", "stream_id")
