@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Generator
 from pathlib import Path
@@ -29,6 +30,7 @@ _MOVE = Statement(
     .values(version=streams.c.version + sa.bindparam("by")),
     ("by", "keys"),
 )
+_ALL = Statement(sa.select(streams))
 _ROWS = Bulk(streams, ("stream_id", "task_id", "version"))
 
 
@@ -99,6 +101,30 @@ def test_more_than_a_text_may_hold(tmp_path: Path) -> None:
             found = _STREAMS.rows(connection, names)
             raw.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
         assert [row[1] for row in found] == names
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "stored", ["task_id = X'00ff'", "version = 9e999", "task_id = CAST(X'62ff' AS TEXT)"]
+)
+def test_what_json_has_no_word_for(tmp_path: Path, stored: str) -> None:
+    """What only somebody else can have stored comes, or is refused, as if read row by row."""
+    database = Database(tmp_path / "log.db")
+    database.prepare()
+    writer = database.writer()
+    try:
+        with writer.transaction() as connection:
+            raw: Any = connection.connection.dbapi_connection
+            raw.execute("INSERT INTO streams VALUES (1, 'task_1', 1)")
+            raw.execute(f"UPDATE streams SET {stored}")
+            try:
+                expected = raw.execute("SELECT * FROM streams").fetchall()
+            except sqlite3.OperationalError as error:
+                with pytest.raises(sqlite3.OperationalError, match=re.escape(str(error))):
+                    _ALL.rows(connection)
+            else:
+                assert _ALL.rows(connection) == expected
     finally:
         writer.close()
 
