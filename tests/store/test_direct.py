@@ -13,10 +13,11 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
+from perdure.store import bulk, direct
 from perdure.store.bulk import Bulk
 from perdure.store.database import Database
 from perdure.store.direct import Statement, is_among
-from perdure.store.schema import streams
+from perdure.store.schema import blobs, streams
 
 _STREAMS = Statement(
     sa.select(streams.c.stream_id, streams.c.task_id)
@@ -75,6 +76,24 @@ def test_many_rows_are_changed(connection: Connection, count: int) -> None:
     found = connection.execute(sa.select(streams.c.stream_id, streams.c.version))
     versions = {row.stream_id: row.version for row in found}
     assert versions == {n: n + 10 if n < count else 1 for n in range(1000)}
+
+
+def test_much_text_is_sent_in_parts(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No statement grows without limit, for reading it takes a server ever longer."""
+    sizes: list[int] = []
+
+    def execute(connection: Connection, sql: str, parameters: Any) -> Any:
+        sizes.append(sum(len(value) for value in parameters if isinstance(value, str)))
+        return direct.execute(connection, sql, parameters)
+
+    monkeypatch.setattr(bulk, "execute", execute)
+    rows = [(f"digest_{n}", size, bytes(size)) for n, size in enumerate([10**6, 3 * 10**6] * 4)]
+    Bulk(blobs, ("digest", "size", "data")).execute(connection, rows)
+    assert max(sizes) < 7 * 10**6  # one alone, at two letters a byte
+    found = connection.execute(sa.select(blobs).order_by(blobs.c.digest)).all()
+    assert [(row.digest, row.size, bytes(row.data)) for row in found] == rows
 
 
 def test_what_the_database_refuses(connection: Connection) -> None:
