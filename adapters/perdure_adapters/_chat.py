@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, cast
 
 from perdure.adapter import Call, LoadedFile
@@ -179,11 +179,11 @@ class ChatReader:
         """Whether the platform's own end marker has come: the answer is whole."""
         return self._finish_reason is not None
 
-    def feed(self, chunk: object) -> Sequence[Event]:
+    def feed(self, chunk: object) -> Iterable[Event]:
         """Return what ``chunk`` says.
 
         Raises:
-            PlatformError: It says that the server failed.
+            PlatformError: It says that the server failed; what it said before that comes first.
         """
         if value_in(chunk, "object") == "error":  # older servers, without an `error` around it
             raise typed_error(
@@ -205,7 +205,10 @@ class ChatReader:
             )
         choice = _first_choice(chunk)
         if choice is not None:
-            self._delta(value_in(choice, "delta"), said)
+            try:
+                self._delta(value_in(choice, "delta"), said)
+            except StreamTruncated as error:
+                return _until(said, error)
             self._finish_reason = text_in(choice, "finish_reason") or self._finish_reason
         usage = value_in(chunk, "usage")
         if usage is not None:
@@ -302,6 +305,12 @@ class _ToolCalls:
     def close(self) -> str:
         """Return what completes the call that is open; empty where none is."""
         return self._text.close()
+
+
+def _until(said: Sequence[Event], error: StreamTruncated) -> Iterator[Event]:
+    """Yield what was said before ``error``, and raise that."""
+    yield from said
+    raise error
 
 
 def _first_choice(chunk: object) -> object | None:

@@ -16,7 +16,7 @@ from perdure.errors import (
     Overloaded,
     StreamTruncated,
 )
-from perdure.events import Accepted, Chunk, UsageReported
+from perdure.events import Accepted, Chunk, Event, UsageReported
 from perdure.task import Usage
 from perdure_adapters import CompatibleAdapter
 from servers.chat import TEXT, ChatServer, Scenario, events
@@ -120,6 +120,19 @@ class TestAnswer:
         ]
         call = a_call(deltas=deltas, finish_reason="tool_calls")
         assert type(await failure(chat_server, call)) is StreamTruncated
+
+    async def test_what_came_with_a_piece_that_fits_nowhere(self, chat_server: ChatServer) -> None:
+        """Text that stands in one delta with a piece of a closed call is kept."""
+        deltas = [
+            _called(0, "a", "weather", ""),
+            _called(1, "b", "time", ""),
+            {"content": "Wait.", **_called(0, None, None, '{"city": "Ulm"}')},
+        ]
+        seen: list[Event] = []
+        async with CompatibleAdapter(chat_server.url) as adapter:
+            with pytest.raises(StreamTruncated):
+                await drain(adapter, a_call(deltas=deltas, finish_reason="tool_calls"), seen)
+        assert text_of(seen) == "Wait."
 
     async def test_an_empty_answer_is_an_answer(self, chat_server: ChatServer) -> None:
         """A model may say nothing at all and be done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Generator
 from pathlib import Path
@@ -12,10 +13,11 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
+from perdure.store import bulk, direct
 from perdure.store.bulk import Bulk
 from perdure.store.database import Database
 from perdure.store.direct import Statement, is_among
-from perdure.store.schema import streams
+from perdure.store.schema import blobs, streams
 
 _STREAMS = Statement(
     sa.select(streams.c.stream_id, streams.c.task_id)
@@ -29,6 +31,7 @@ _MOVE = Statement(
     .values(version=streams.c.version + sa.bindparam("by")),
     ("by", "keys"),
 )
+_ALL = Statement(sa.select(streams))
 _ROWS = Bulk(streams, ("stream_id", "task_id", "version"))
 
 
@@ -75,6 +78,24 @@ def test_many_rows_are_changed(connection: Connection, count: int) -> None:
     assert versions == {n: n + 10 if n < count else 1 for n in range(1000)}
 
 
+def test_much_text_is_sent_in_parts(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No statement grows without limit, for reading it takes a server ever longer."""
+    sizes: list[int] = []
+
+    def execute(connection: Connection, sql: str, parameters: Any) -> Any:
+        sizes.append(sum(len(value) for value in parameters if isinstance(value, str)))
+        return direct.execute(connection, sql, parameters)
+
+    monkeypatch.setattr(bulk, "execute", execute)
+    rows = [(f"digest_{n}", size, bytes(size)) for n, size in enumerate([10**6, 3 * 10**6] * 4)]
+    Bulk(blobs, ("digest", "size", "data")).execute(connection, rows)
+    assert max(sizes) < 7 * 10**6  # one alone, at two letters a byte
+    found = connection.execute(sa.select(blobs).order_by(blobs.c.digest)).all()
+    assert [(row.digest, row.size, bytes(row.data)) for row in found] == rows
+
+
 def test_what_the_database_refuses(connection: Connection) -> None:
     """A broken rule is SQLAlchemy's error, as from its own execution, and quotes no values."""
     with pytest.raises(IntegrityError) as refused, connection.begin_nested():
@@ -99,6 +120,30 @@ def test_more_than_a_text_may_hold(tmp_path: Path) -> None:
             found = _STREAMS.rows(connection, names)
             raw.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
         assert [row[1] for row in found] == names
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "stored", ["task_id = X'00ff'", "version = 9e999", "task_id = CAST(X'62ff' AS TEXT)"]
+)
+def test_what_json_has_no_word_for(tmp_path: Path, stored: str) -> None:
+    """What only somebody else can have stored comes, or is refused, as if read row by row."""
+    database = Database(tmp_path / "log.db")
+    database.prepare()
+    writer = database.writer()
+    try:
+        with writer.transaction() as connection:
+            raw: Any = connection.connection.dbapi_connection
+            raw.execute("INSERT INTO streams VALUES (1, 'task_1', 1)")
+            raw.execute(f"UPDATE streams SET {stored}")
+            try:
+                expected = raw.execute("SELECT * FROM streams").fetchall()
+            except sqlite3.OperationalError as error:
+                with pytest.raises(sqlite3.OperationalError, match=re.escape(str(error))):
+                    _ALL.rows(connection)
+            else:
+                assert _ALL.rows(connection) == expected
     finally:
         writer.close()
 

@@ -21,8 +21,10 @@ __all__ = ["Bulk", "plain_pages", "plain_rows"]
 
 # Far below the number of parameters that a statement may have.
 MOST_PARAMETERS: Final = 8192
-# One parameter for all of them; so many, that it does not grow without limit.
+# One parameter for all of them; so many, that it does not grow without limit. From some ten million
+# characters on, twice as many take the server far more than twice as long.
 MOST_AS_JSON: Final = 1000
+MOST_BYTES_AS_JSON: Final = 4_000_000
 
 
 def plain_rows(
@@ -160,7 +162,13 @@ class _OnPostgresql:
     def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
         names = self._names
         data = orjson.dumps([dict(zip(names, row, strict=True)) for row in rows], default=_hexed)
-        execute(connection, self._sql, (data.decode(),))
+        if len(data) <= MOST_BYTES_AS_JSON or len(rows) == 1:
+            execute(connection, self._sql, (data.decode(),))
+            return
+        del data  # which may be large
+        half = len(rows) // 2
+        self.execute(connection, rows[:half])
+        self.execute(connection, rows[half:])
 
 
 def _hexed(value: object) -> str:

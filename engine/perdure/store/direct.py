@@ -76,11 +76,13 @@ class Statement:
         """Return all rows, read as one; None where that can't be."""
         if compiled.packed is None:
             return None
+        driver = connection.dialect.loaded_dbapi
         try:
             ((text,),) = execute(connection, compiled.packed, parameters).fetchall()
-        except connection.dialect.loaded_dbapi.DataError:  # larger than a text may be
+            rows: list[Sequence[Any]] = orjson.loads(text)
+        # Larger than a text may be, or with what JSON has no word for, as somebody else may store.
+        except (driver.DataError, driver.OperationalError, ValueError):
             return None
-        rows: list[Sequence[Any]] = orjson.loads(text)
         return rows
 
     def change(self, connection: Connection, *values: object) -> int:
