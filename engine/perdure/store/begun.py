@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+import orjson
+
 from perdure.events import Chunk, RecordedEvent, Submitted
 
 __all__ = ["Begun"]
@@ -73,9 +75,6 @@ def _characters(recorded: RecordedEvent) -> int:
     if type(event) is Chunk:
         return len(event.text)
     if type(event) is Submitted:
-        task = event.task
-        messages = task.get("messages") or ()
-        return len(task.get("prompt") or "") + sum(
-            len(turn.get("content") or "") for turn in messages
-        )
+        prompt = len(event.task.get("prompt") or "")
+        return prompt if prompt > MOST_CHARACTERS else len(orjson.dumps(event.task))
     return 0
