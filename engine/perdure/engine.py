@@ -272,6 +272,7 @@ class Engine:
             TaskArchived: Its content is in an archive.
             TimeoutError: It hasn't ended in that time.
         """
+        events: Sequence[RecordedEvent] | None = None
         with self.log.feed.ending(task_id) as ended:
             if self.log.feed.knows_open(task_id):
                 status = TaskStatus.PENDING  # or running by now: not over in any case
@@ -281,7 +282,9 @@ class Engine:
                 raise TaskNotFound(task_id)
             if not status.ended:
                 async with asyncio.timeout(timeout):
-                    await ended
+                    events = await ended
+        if events is not None:  # all that there is to know has just passed by here
+            return make_result(*await self._records.folded(events))
         return make_result(*await self._records.both(task_id))
 
     async def stream_result(

@@ -35,6 +35,7 @@ class Begun:
     def __init__(self) -> None:
         self._streams: dict[str, _Kept | None] = {}
         self._kept = 0
+        self._ended: dict[str, tuple[RecordedEvent, ...]] = {}
 
     def __contains__(self, task_id: str) -> bool:
         return task_id in self._streams
@@ -44,21 +45,30 @@ class Begun:
         kept = self._streams.get(task_id)
         return None if kept is None else tuple(kept.events)
 
+    def whole(self, task_id: str) -> tuple[RecordedEvent, ...] | None:
+        """Return all events of a stream that ended in what was taken last; None if not kept."""
+        return self._ended.get(task_id)
+
     def take(self, committed: Iterable[RecordedEvent]) -> None:
         """Take what was committed, of which nothing may be left out since `forget`."""
+        self._ended = {}
         for recorded in committed:
             task_id = recorded.task_id
             if recorded.version == 1 and len(self._streams) < MOST_STREAMS:
                 keep = self._kept < MOST_KEPT
                 self._kept += keep
                 self._streams[task_id] = _Kept() if keep else None
-            if recorded.event.ends_task:
-                self._kept -= self._streams.pop(task_id, None) is not None
-                continue
             kept = self._streams.get(task_id)
+            if kept is not None:
+                kept.events.append(recorded)
+            if recorded.event.ends_task:
+                self._streams.pop(task_id, None)
+                if kept is not None:
+                    self._kept -= 1
+                    self._ended[task_id] = tuple(kept.events)
+                continue
             if kept is None:
                 continue
-            kept.events.append(recorded)
             kept.characters += _characters(recorded)
             if len(kept.events) > MOST_EVENTS or kept.characters > MOST_CHARACTERS:
                 self._streams[task_id] = None

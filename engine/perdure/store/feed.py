@@ -12,7 +12,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -26,6 +26,7 @@ from perdure.store.schema import events, log_head, streams
 __all__ = ["Feed", "recorded"]
 
 Listener = Callable[[RecordedEvent], None]
+Whole: TypeAlias = Sequence[RecordedEvent] | None
 
 PAGE: Final = 500
 # A reader that is so far behind fetches from the database again instead of being kept events for.
@@ -162,12 +163,13 @@ class Feed:
             self._readers.discard(reader)
 
     @contextlib.contextmanager
-    def ending(self, task_id: str) -> Generator[asyncio.Future[None], None, None]:
+    def ending(self, task_id: str) -> Generator[asyncio.Future[Whole], None, None]:
         """Give what is done when the task ends from now on; look first whether it has ended.
 
+        What it comes to are all of the task's events, where they are at hand, and None otherwise.
         The future raises `EngineClosed` when the engine is closed before.
         """
-        ending = _Ending()
+        ending = _Ending(self._begun)
         if self._failed is not None:
             ending.fail(self._failed)
         self._readers.add(ending)
@@ -301,12 +303,13 @@ async def _between(
 class _Ending:
     """Somebody who wants to know of nothing but the end."""
 
-    def __init__(self) -> None:
-        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def __init__(self, begun: Begun) -> None:
+        self.future: asyncio.Future[Whole] = asyncio.get_running_loop().create_future()
+        self._begun = begun
 
     def receive(self, event: RecordedEvent) -> None:
         if event.event.ends_task and not self.future.done():
-            self.future.set_result(None)
+            self.future.set_result(self._begun.whole(event.task_id))
 
     def fail(self, error: PerdureError) -> None:
         if not self.future.done():

@@ -13,12 +13,13 @@ import orjson
 import sqlalchemy as sa
 
 from perdure.errors import PerdureError, TaskArchived, TaskNotFound
-from perdure.events import RecordedEvent, Submitted, decode
+from perdure.events import RecordedEvent, Submitted, decode, encode
 from perdure.store.claims import load_blobs
 from perdure.store.content import blob_digests, restore
 from perdure.store.database import Database
 from perdure.store.feed import SELECT_EVENTS, recorded
 from perdure.store.lookups import Lookup
+from perdure.store.projection import TaskFold
 from perdure.store.schema import events, streams, tasks
 from perdure.task import Task, TaskStatus, ToolCall, Usage
 
@@ -231,6 +232,19 @@ class Records:
         if found is None:
             raise await self._missing(task_id)
         record, first = found
+        return record, await self._restored(task_id, first)
+
+    async def folded(self, stream: Sequence[RecordedEvent]) -> tuple[TaskRecord, Task]:
+        """Return the same as `both`, from all of the task's events instead of the database."""
+        task_id = stream[0].task_id
+        fold = TaskFold(task_id, stream[0].position)
+        for one in stream:
+            fold.apply_one(one.event, one.recorded_at)
+        record = TaskRecord.of(fold.new_row())
+        # As it is stored: canonical, and nobody else's to change.
+        stored = encode(stream[0].event)
+        first = decode(stored.type, stored.schema_version, stored.data)
+        assert isinstance(first, Submitted)  # noqa: S101 - nothing else begins a task
         return record, await self._restored(task_id, first)
 
     async def _restored(self, task_id: str, first: Submitted) -> Task:
