@@ -101,7 +101,10 @@ async def test_what_nobody_was_told_of_is_found(db: str) -> None:
 
 
 async def test_few_of_many_idle_workers_run_for_one_task(own_server: Server, db: str) -> None:
-    """Of ten workers that are told of a task, two and a half at most try to take it on average."""
+    """Of ten workers that are told of a task, half at most try to take it on average.
+
+    On an idle machine it is two; without turns it is nine, however busy the machine.
+    """
     workers, tasks = 10, 60
 
     def claims() -> int:
@@ -123,4 +126,4 @@ async def test_few_of_many_idle_workers_run_for_one_task(own_server: Server, db:
             assert (await other.get_result(task_id, PATIENCE)).attempts == 1
         tried = claims() - before
     print(f"{tried / tasks:.2f} claims for a task by {workers} workers")
-    assert tried < 2.5 * tasks
+    assert tried < workers / 2 * tasks
