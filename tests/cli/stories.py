@@ -118,15 +118,25 @@ def retry_later(attempt: int = 1) -> AttemptFailed:
     )
 
 
-def start(*arguments: str | Path, **more: Any) -> subprocess.Popen[str]:
-    """Start a command line in a process of its own."""
+def start(*arguments: str | Path, measured: bool = True, **more: Any) -> subprocess.Popen[str]:
+    """Start a command line in a process of its own.
+
+    Args:
+        arguments: Of the command line.
+        measured: Whether it counts for coverage. Not where Ctrl-C is thrown into whatever it does:
+            thrown into what measures, it can leave a lock locked, which is waited for for ever.
+        more: For `Popen`.
+    """
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if not measured:
+        env = {name: value for name, value in env.items() if not name.startswith("COVERAGE_")}
     return subprocess.Popen(
         [sys.executable, "-m", "perdure.cli", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env=env,
         **more,
     )
 

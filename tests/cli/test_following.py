@@ -39,7 +39,7 @@ def pending(database: Path, migrated_file: Path) -> Path:
 @pytest.fixture
 def tail(pending: Path) -> Iterator[subprocess.Popen[str]]:
     """`perdure tail` of that task in a process of its own, which has caught up."""
-    process = start("tail", TASK)
+    process = start("tail", TASK, measured=False)
     assert process.stderr is not None
     assert "no worker" in process.stderr.readline()  # said once it has replayed what is there
     with process:

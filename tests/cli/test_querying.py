@@ -226,18 +226,22 @@ class TestSql:
     def test_interrupt(self, story: Path) -> None:
         """Ctrl-C ends a query that would take for ever: exit code 130."""
         endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT * FROM n"
-        process = start("sql", endless)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "i\n"
-        process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _out, err = process.communicate(timeout=60)
+        process = start("sql", endless, measured=False)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "i\n"
+            process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            _out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.communicate()
         assert (process.returncode, err) == (130, "")
 
     def test_interrupt_before_the_first_row(self, story: Path) -> None:
         """Also where SQLite hasn't come up with anything yet."""
         endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
-        process = start("sql", f"{endless} SELECT count(*) FROM n")
+        process = start("sql", f"{endless} SELECT count(*) FROM n", measured=False)
         try:
             wait_until_busy(process)
             process.send_signal(signal.SIGINT)
