@@ -32,6 +32,7 @@ from perdure.events import (
 from perdure.platforms import Platforms
 from perdure.store import log as log_module
 from perdure.store.database import Database, Writer
+from perdure.store.log import EventLog
 from perdure.store.redaction import redact
 from perdure.store.transaction import Transaction
 from perdure.store.verification import verify
@@ -610,3 +611,36 @@ async def test_redacting_is_written_like_all_else(store: Store, database_url: st
     await store.log.append("task", [Completed()], 2)
     assert await store.log.write(lambda tx: redact(tx, "task", "me", None), alone=True) == 1
     assert_sound(database_url)
+
+
+class _Stubborn:
+    """Somebody who listens, and to whom the first cancellation gets lost."""
+
+    hears = False
+
+    def __init__(self) -> None:
+        self.cancelled = 0
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                if self.cancelled > 1:
+                    raise
+
+
+async def test_closing_though_a_cancellation_gets_lost(database_url: str) -> None:
+    """A driver that loses a cancellation is cancelled again, and not waited for for ever."""
+    database = Database(database_url)
+    stubborn = _Stubborn()
+    database.dialect.listener = lambda _on_news, _active: stubborn  # type: ignore[method-assign]
+    log = EventLog(database)
+    await log.open()
+    log.on_work(lambda: None)
+    await asyncio.sleep(0)  # it begins to listen
+    async with asyncio.timeout(60):
+        await log.close()
+    assert stubborn.cancelled == 2
+    await database.close()

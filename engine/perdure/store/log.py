@@ -37,6 +37,7 @@ POLL_SECONDS: Final = 0.01
 MAX_BATCH: Final = 1000
 # A busy writer tells other processes of its commits so often, an idle one at once.
 TELL_SECONDS: Final = 0.01
+CANCEL_AGAIN_SECONDS: Final = 0.5
 # SQLite's busy handler polls: without a gap, a busy process starves the others.
 FAIR_PAUSE_SECONDS: Final = 0.003
 FAIR_FOR_SECONDS: Final = 1.0
@@ -164,8 +165,7 @@ class EventLog:
         await self.feed.catch_up()
         self.feed.close()
         if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.wait({self._listening})
+            await _ended(self._listening)
         self._queue.put(None)
         thread = self._thread
         if thread is not None:
@@ -373,6 +373,17 @@ def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
         error = RuntimeError("a piece of work raised StopIteration")
     if not future.done():
         future.set_exception(error)
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    """Cancel ``task``, and wait until it has ended.
+
+    Again where that was in vain: Python 3.11's `asyncio.wait_for`, by which the driver waits, loses
+    a cancellation that comes together with what is waited for.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_AGAIN_SECONDS)
 
 
 def _nothing(_transaction: Transaction) -> None:
