@@ -378,8 +378,8 @@ def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
 async def _ended(task: asyncio.Task[None]) -> None:
     """Cancel ``task``, and wait until it has ended.
 
-    Again where that was in vain: Python 3.11's `asyncio.wait_for`, by which the driver waits, loses
-    a cancellation that comes together with what is waited for.
+    Again where that was in vain: psycopg 3.3.0 waits by `asyncio.wait_for`, which in Python 3.11
+    loses a cancellation that comes together with what is waited for.
     """
     while not task.done():
         task.cancel()
