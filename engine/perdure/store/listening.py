@@ -83,7 +83,8 @@ class Listener:
         await self._poll(connection)
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
-        loop.add_reader(connection.fileno(), readable.set)
+        fileno = connection.fileno()  # which a lost connection doesn't know any more
+        loop.add_reader(fileno, readable.set)
         try:
             while True:
                 self._read(connection.pgconn)
@@ -95,7 +96,7 @@ class Listener:
                 if self._active():
                     self._on_news(News(work=False))
         finally:
-            loop.remove_reader(connection.fileno())
+            loop.remove_reader(fileno)
 
     async def _poll(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Look at the log again and again, until a notification comes through."""
