@@ -20,7 +20,6 @@ from perdure.conversation import go_on
 from perdure.errors import (
     InvalidTask,
     InvalidTransition,
-    OutputInvalid,
     PerdureError,
     RunningLoop,
     TaskArchived,
@@ -29,6 +28,7 @@ from perdure.errors import (
 from perdure.events import Archived, Cancelled, CancelRequested, Chunk, RecordedEvent, Running
 from perdure.lifecycle import TaskState
 from perdure.platforms import Platforms
+from perdure.results import make_result
 from perdure.store.archive import ArchiveReport, Stages, archive
 from perdure.store.claims import Scope
 from perdure.store.database import Database
@@ -44,7 +44,6 @@ from perdure.store.records import (
 from perdure.store.redaction import redact
 from perdure.store.transaction import Transaction
 from perdure.streaming import TextChunk
-from perdure.structured import parse_output
 from perdure.submission import Prepared, Submission, prepare, submit
 from perdure.task import Result, Task, TaskStatus
 from perdure.worker import Worker, WorkerSettings
@@ -500,44 +499,6 @@ class Engine:
     async def stop_running(self, why: Stop = Stop.HAND_BACK) -> None:
         """Stop what runs here: handed back, or cancelled with its partial output kept."""
         await self.worker.cancel_running(why)
-
-
-def make_result(record: TaskRecord, task: Task) -> Result:
-    """Return an ended task's result."""
-    success = record.status is TaskStatus.COMPLETED
-    began, ended = record.started_at, record.ended_at
-    return Result(
-        task=task,
-        task_id=record.task_id,
-        platform=record.platform,
-        output=record.output or "",
-        success=success,
-        error=record.error,
-        error_class=record.error_class,
-        cost=record.cost_usd,
-        tokens_used=record.usage.total_tokens,
-        duration_seconds=(ended - began).total_seconds() if began and ended else 0.0,
-        metadata=dict(task.metadata),
-        completed_at=ended,
-        status=record.status,
-        files_created=record.files_created,
-        partial_output=record.partial_output,
-        usage=record.usage,
-        finish_reason=record.finish_reason,
-        model=record.model,
-        attempts=record.attempts,
-        parsed=_parsed(record, task),
-        tool_calls=record.tool_calls,
-    )
-
-
-def _parsed(record: TaskRecord, task: Task) -> Any:  # noqa: ANN401 - any JSON value
-    if task.output_schema is None or record.output is None:
-        return None
-    try:
-        return parse_output(record.output, task.output_schema)
-    except OutputInvalid:  # it ended for another reason than being done, such as a refusal
-        return None
 
 
 def _left_running(state: TaskState) -> list[tuple[str, str]]:

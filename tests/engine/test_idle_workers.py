@@ -33,15 +33,28 @@ def _everyday(lease: float) -> WorkerSettings:
     return replace(usual, lease_seconds=lease, heartbeat_seconds=heartbeat)
 
 
+async def _begun(server: Server) -> None:
+    """Wait until a server isn't asked for anything any more, as it is when engines begin."""
+    seen, since = -1, time.monotonic()
+
+    def still() -> bool:
+        nonlocal seen, since
+        if seen != (seen := server.transactions()):
+            since = time.monotonic()
+        return time.monotonic() > since + 0.3
+
+    await eventually(still)
+
+
 async def test_an_idle_worker_leaves_the_server_alone(own_server: Server, db: str) -> None:
     """Without work it asks for five transactions in two leases at most, and begins at once."""
-    lease = 2.0
+    lease = 4.0
     async with (
         Engine.open(db, adapters=[DemoAdapter()], settings=_everyday(lease)) as worker,
         Engine.open(db, adapters=[DemoAdapter()], run=False) as other,
     ):
         await eventually(lambda: worker.log.hears)
-        await asyncio.sleep(0.3)
+        await _begun(own_server)
         before, began = own_server.transactions(), time.monotonic()
         await asyncio.sleep(2 * lease)  # with the leases of everyday use that would be a minute
         took = time.monotonic() - began

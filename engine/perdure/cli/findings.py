@@ -32,7 +32,11 @@ LOG: Final = """
 
 
 def of_log(row: Any) -> Finding:  # noqa: ANN401 - of whatever driver
-    """Return what there is to say of the only row of `LOG`; None where that is missing."""
+    """Return what there is to say of what `LOG` finds.
+
+    Args:
+        row: The only row there is; None where it is missing.
+    """
     if row is None:
         return Finding("log", "broken", "it has lost its head row", "restore a backup")
     position, archive, elsewhere = row

@@ -1,0 +1,50 @@
+"""What came out of a task, put together from its row and from what was asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from perdure.errors import OutputInvalid
+from perdure.store.records import TaskRecord
+from perdure.structured import parse_output
+from perdure.task import Result, Task, TaskStatus
+
+__all__ = ["make_result"]
+
+
+def make_result(record: TaskRecord, task: Task) -> Result:
+    """Return an ended task's result."""
+    success = record.status is TaskStatus.COMPLETED
+    began, ended = record.started_at, record.ended_at
+    return Result(
+        task=task,
+        task_id=record.task_id,
+        platform=record.platform,
+        output=record.output or "",
+        success=success,
+        error=record.error,
+        error_class=record.error_class,
+        cost=record.cost_usd,
+        tokens_used=record.usage.total_tokens,
+        duration_seconds=(ended - began).total_seconds() if began and ended else 0.0,
+        metadata=dict(task.metadata),
+        completed_at=ended,
+        status=record.status,
+        files_created=record.files_created,
+        partial_output=record.partial_output,
+        usage=record.usage,
+        finish_reason=record.finish_reason,
+        model=record.model,
+        attempts=record.attempts,
+        parsed=_parsed(record, task),
+        tool_calls=record.tool_calls,
+    )
+
+
+def _parsed(record: TaskRecord, task: Task) -> Any:  # noqa: ANN401 - any JSON value
+    if task.output_schema is None or record.output is None:
+        return None
+    try:
+        return parse_output(record.output, task.output_schema)
+    except OutputInvalid:  # it ended for another reason than being done, such as a refusal
+        return None
