@@ -30,6 +30,7 @@ from perdure.lifecycle import TaskState
 from perdure.platforms import Platforms
 from perdure.results import make_result
 from perdure.store.archive import ArchiveReport, Stages, archive
+from perdure.store.begun import Ended
 from perdure.store.claims import Scope
 from perdure.store.database import Database
 from perdure.store.log import EventLog
@@ -271,7 +272,7 @@ class Engine:
             TaskArchived: Its content is in an archive.
             TimeoutError: It hasn't ended in that time.
         """
-        events: Sequence[RecordedEvent] | None = None
+        at_hand: Ended | None = None
         with self.log.feed.ending(task_id) as ended:
             if self.log.feed.knows_open(task_id):
                 status = TaskStatus.PENDING  # or running by now: not over in any case
@@ -281,9 +282,9 @@ class Engine:
                 raise TaskNotFound(task_id)
             if not status.ended:
                 async with asyncio.timeout(timeout):
-                    events = await ended
-        if events is not None:  # all that there is to know has just passed by here
-            return make_result(*await self._records.folded(events))
+                    at_hand = await ended
+        if at_hand is not None:  # all that there is to know has just passed by here
+            return make_result(*await self._records.of_ended(at_hand))
         return make_result(*await self._records.both(task_id))
 
     async def stream_result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from functools import cache
 
 from perdure.task import Usage
 
@@ -23,8 +24,6 @@ def price(
     if provider is None or model is None or usage is None or usage.total_tokens is None:
         return None, None
     # Imported here: it takes a third of a second, and not every platform has prices.
-    from importlib.metadata import version
-
     from genai_prices import Usage as PricedUsage
     from genai_prices import calc_price
 
@@ -42,4 +41,11 @@ def price(
         )
     except (LookupError, ValueError):  # not in the table, or counts that contradict each other
         return None, None
-    return float(found.total_price), f"genai-prices {version('genai-prices')}"
+    return float(found.total_price), _table()
+
+
+@cache
+def _table() -> str:
+    from importlib.metadata import version
+
+    return f"genai-prices {version('genai-prices')}"

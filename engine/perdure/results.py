@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from perdure.errors import OutputInvalid
-from perdure.store.records import TaskRecord
+from perdure.store.records import Outcome, TaskRecord
 from perdure.structured import parse_output
 from perdure.task import Result, Task, TaskStatus
 
 __all__ = ["make_result"]
 
 
-def make_result(record: TaskRecord, task: Task) -> Result:
-    """Return an ended task's result."""
+def make_result(record: TaskRecord | Outcome, task: Task) -> Result:
+    """Return an ended task's result, from its row or from what is known without that."""
     success = record.status is TaskStatus.COMPLETED
     began, ended = record.started_at, record.ended_at
     return Result(
@@ -41,7 +41,7 @@ def make_result(record: TaskRecord, task: Task) -> Result:
     )
 
 
-def _parsed(record: TaskRecord, task: Task) -> Any:  # noqa: ANN401 - any JSON value
+def _parsed(record: TaskRecord | Outcome, task: Task) -> Any:  # noqa: ANN401 - any JSON value
     if task.output_schema is None or record.output is None:
         return None
     try:

@@ -6,21 +6,34 @@ database for what has just passed by here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 import orjson
 
 from perdure.events import Chunk, RecordedEvent, Submitted
+from perdure.store.projection import TaskFold
 
-__all__ = ["Begun"]
+__all__ = ["Begun", "Ended"]
 
 MOST_STREAMS: Final = 10_000
 # Of so many streams the events are kept, as long as they are few and short.
 MOST_KEPT: Final = 1000
 MOST_EVENTS: Final = 10
 MOST_CHARACTERS: Final = 10_000
+
+
+class Ended(NamedTuple):
+    """All that there is to know of a task that has ended.
+
+    Attributes:
+        asked: Its first event.
+        fold: All of its events.
+    """
+
+    asked: Submitted
+    fold: TaskFold
 
 
 @dataclass(slots=True)
@@ -35,7 +48,7 @@ class Begun:
     def __init__(self) -> None:
         self._streams: dict[str, _Kept | None] = {}
         self._kept = 0
-        self._ended: dict[str, tuple[RecordedEvent, ...]] = {}
+        self._ended: dict[str, Ended] = {}
 
     def __contains__(self, task_id: str) -> bool:
         return task_id in self._streams
@@ -45,12 +58,17 @@ class Begun:
         kept = self._streams.get(task_id)
         return None if kept is None else tuple(kept.events)
 
-    def whole(self, task_id: str) -> tuple[RecordedEvent, ...] | None:
-        """Return all events of a stream that ended in what was taken last; None if not kept."""
+    def ended(self, task_id: str) -> Ended | None:
+        """Return what came of a stream that ended in what was taken last; None if not kept."""
         return self._ended.get(task_id)
 
-    def take(self, committed: Iterable[RecordedEvent]) -> None:
-        """Take what was committed, of which nothing may be left out since `forget`."""
+    def take(self, committed: Iterable[RecordedEvent], ended: Mapping[str, TaskFold]) -> None:
+        """Take what was committed, of which nothing may be left out since `forget`.
+
+        Args:
+            committed: The events.
+            ended: The tasks that have ended with them.
+        """
         self._ended = {}
         for recorded in committed:
             task_id = recorded.task_id
@@ -65,7 +83,9 @@ class Begun:
                 self._streams.pop(task_id, None)
                 if kept is not None:
                     self._kept -= 1
-                    self._ended[task_id] = tuple(kept.events)
+                    asked = kept.events[0].event
+                    if task_id in ended and isinstance(asked, Submitted):
+                        self._ended[task_id] = Ended(asked, ended[task_id])
                 continue
             if kept is None:
                 continue
@@ -85,6 +105,9 @@ def _characters(recorded: RecordedEvent) -> int:
     if type(event) is Chunk:
         return len(event.text)
     if type(event) is Submitted:
-        prompt = len(event.task.get("prompt") or "")
-        return prompt if prompt > MOST_CHARACTERS else len(orjson.dumps(event.task))
+        return sum(map(_length, event.task.values()))
     return 0
+
+
+def _length(value: object) -> int:
+    return len(value if isinstance(value, str) else orjson.dumps(value))

@@ -9,7 +9,10 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+import orjson
+
 from perdure.errors import InvalidTask
+from perdure.events import canonical
 from perdure.task import Task
 
 __all__ = ["blob_digests", "digest_of", "restore", "separate"]
@@ -53,12 +56,14 @@ def restore(
         InvalidTask: Some of its content isn't there any more.
     """
     data: dict[str, Any] = {**plain}
+    for name, value in plain.items():
+        if not isinstance(value, str | int):  # as it is stored, and nobody else's to change
+            data[name] = orjson.loads(canonical(value))
     if task_id is not None:
         data["task_id"] = task_id
-    if "messages" in data:
-        data["messages"] = [dict(message) for message in data["messages"]]
-    if "context" in data:
-        data["context"] = dict(data["context"])
+    if not places and data.get("prompt") and _AS_IT_IS.issuperset(data):
+        # As `model_validate` would make it, of what was validated before it was stored.
+        return _PATTERN.model_copy(update={**{name: {} for name in _OBJECTS}, **data})
     for place, holder, key in list(_shared_texts(data)):
         if place in places:
             if places[place] not in content:
@@ -67,9 +72,20 @@ def restore(
     return Task.model_validate(data)
 
 
+# Fields whose stored form is their value: text, numbers, and objects of nothing else.
+_OBJECTS: Final = ("context", "metadata", "labels", "options")
+_AS_IT_IS: Final = frozenset(
+    {"prompt", "system", "platform", "priority", "task_id", "batch", "key", "fingerprint"}
+    | {"retry_of", "continue_from", *_OBJECTS}
+)
+_PATTERN: Final = Task(prompt="-")
+
+
 def blob_digests(plain: Mapping[str, Any], places: Mapping[str, str]) -> set[str]:
     """Return the digests of everything that a stored task has in `blobs`."""
     attached: Iterable[Any] = plain.get("files") or ()
+    if not places and not attached:
+        return set()
     return {*places.values(), *(f["digest"] for f in attached if isinstance(f, dict))}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -18,21 +18,25 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from perdure.errors import EngineClosed, PerdureError, TaskArchived
-from perdure.events import Archived, RecordedEvent, decode
-from perdure.store.begun import Begun
+from perdure.events import Archived, CancelRequested, Interrupted, RecordedEvent, decode
+from perdure.store.begun import Begun, Ended
 from perdure.store.database import Database
+from perdure.store.projection import TaskFold
 from perdure.store.schema import events, log_head, streams
 
 __all__ = ["Feed", "recorded"]
 
 Listener = Callable[[RecordedEvent], None]
-Whole: TypeAlias = Sequence[RecordedEvent] | None
+Ending: TypeAlias = Ended | None
 
 PAGE: Final = 500
 # A reader that is so far behind fetches from the database again instead of being kept events for.
 MAILBOX: Final = 2000
 # With more streams than that to follow, naming them all costs more than looking at every event.
 MOST_NAMED: Final = 200
+# What others write into a running task's stream, and so many of them that its owner may ask for.
+_FOR_OWNERS: Final = (CancelRequested, Interrupted)
+MOST_FOR_OWNERS: Final = 200
 # For what is being fetched when the log is closed: by a database that is gone, never.
 CATCH_UP_SECONDS: Final = 2.0
 
@@ -66,6 +70,8 @@ class Feed:
         self._listeners: dict[str, list[Listener]] = {}
         self._seen = 0
         self._begun = Begun()  # as it was at `_seen`
+        self._for_owners: deque[RecordedEvent] = deque(maxlen=MOST_FOR_OWNERS)
+        self._for_owners_since: int | None = None  # all after that position are there
         self._fetching: asyncio.Task[None] | None = None
         self._stale = False
         self._unheard = False  # others committed something while nobody listened
@@ -102,15 +108,15 @@ class Feed:
         Args:
             task_id: The stream.
             listener: Called on the event loop.
-            since: A position from which on nothing may be missed; default: the present one.
+            since: For the task's owner: the position from which on nothing that others write may
+                be missed; default: the present one.
         """
         first = not self._listeners
         self._listeners.setdefault(task_id, []).append(listener)
         if first:
             self.on_active()
-        if since is not None and (since < self._seen or self._unheard):
-            self._seen = min(since, self._seen)
-            self._fetch()
+        if since is not None:
+            self._make_up(task_id, listener, since)
 
         def stop() -> None:
             listeners = self._listeners.get(task_id, [])
@@ -120,6 +126,17 @@ class Feed:
                 self._listeners.pop(task_id, None)
 
         return stop
+
+    def _make_up(self, task_id: str, listener: Listener, since: int) -> None:
+        """Tell the owner of a task what has passed by here since it was claimed."""
+        known = self._for_owners_since
+        if not self._unheard and (since >= self._seen or (known is not None and since >= known)):
+            for event in tuple(self._for_owners):
+                if event.task_id == task_id and event.position > since:
+                    listener(event)
+        else:
+            self._seen = min(since, self._seen)
+            self._fetch()
 
     async def follow(self, task_id: str, after: int = 0) -> AsyncGenerator[RecordedEvent, None]:
         """Yield the stream's events after version ``after``: first what is there, then what comes.
@@ -163,10 +180,10 @@ class Feed:
             self._readers.discard(reader)
 
     @contextlib.contextmanager
-    def ending(self, task_id: str) -> Generator[asyncio.Future[Whole], None, None]:
+    def ending(self, task_id: str) -> Generator[asyncio.Future[Ending], None, None]:
         """Give what is done when the task ends from now on; look first whether it has ended.
 
-        What it comes to are all of the task's events, where they are at hand, and None otherwise.
+        What it comes to is all that there is to know of it, where that is at hand, else None.
         The future raises `EngineClosed` when the engine is closed before.
         """
         ending = _Ending(self._begun)
@@ -202,21 +219,31 @@ class Feed:
 
     # -- being told ------------------------------------------------------------------------------
 
-    def publish(self, committed: Sequence[RecordedEvent], first: int, last: int) -> None:
-        """Take what this process has committed, at the positions from ``first`` to ``last``."""
-        if self._fetching is None and self._seen == first - 1:
-            self._seen = last
-            self._begun.take(committed)
+    def publish(
+        self, committed: Sequence[RecordedEvent], ended: Mapping[str, TaskFold], head: int
+    ) -> None:
+        """Take what this process has committed.
+
+        Args:
+            committed: The events, in order, and at least one.
+            ended: The tasks that have ended with them.
+            head: The position of the last one.
+        """
+        if self._fetching is None and self._seen == committed[0].position - 1:
+            if self._for_owners_since is None:
+                self._for_owners_since = self._seen
+            self._seen = head
+            self._begun.take(committed, ended)
             self._deliver(committed)
         elif not self._listeners:
-            self._begun.forget()  # others have written what was not seen
-            self._seen = max(self._seen, last)
+            self._forget()  # others have written what was not seen
+            self._seen = max(self._seen, head)
         else:
             self._fetch()
 
     def others_committed(self) -> None:
         """Take the news that another process has committed something."""
-        self._begun.forget()
+        self._forget()
         if self._listeners:
             self._fetch()
         else:
@@ -236,16 +263,27 @@ class Feed:
             self._fetching.cancel()
 
     def _deliver(self, committed: Sequence[RecordedEvent]) -> None:
-        if not self._listeners:
-            return
         for event in committed:
+            if type(event.event) in _FOR_OWNERS:
+                self._keep_for_owner(event)
             listeners = self._listeners.get(event.task_id)
             if listeners:
                 for listener in tuple(listeners):
                     listener(event)
 
+    def _keep_for_owner(self, event: RecordedEvent) -> None:
+        if len(self._for_owners) == MOST_FOR_OWNERS and self._for_owners_since is not None:
+            self._for_owners_since = self._for_owners[0].position
+        self._for_owners.append(event)
+
+    def _forget(self) -> None:
+        """Forget what is known without asking: something was committed that was not seen."""
+        self._begun.forget()
+        self._for_owners.clear()
+        self._for_owners_since = None
+
     def _fetch(self) -> None:
-        self._begun.forget()  # only what somebody listens to is fetched
+        self._forget()  # only what somebody listens to is fetched
         self._stale = True
         if self._fetching is None and self._failed is None:
             self._fetching = asyncio.get_running_loop().create_task(self._fetch_all())
@@ -304,12 +342,12 @@ class _Ending:
     """Somebody who wants to know of nothing but the end."""
 
     def __init__(self, begun: Begun) -> None:
-        self.future: asyncio.Future[Whole] = asyncio.get_running_loop().create_future()
+        self.future: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._begun = begun
 
     def receive(self, event: RecordedEvent) -> None:
         if event.event.ends_task and not self.future.done():
-            self.future.set_result(self._begun.whole(event.task_id))
+            self.future.set_result(self._begun.ended(event.task_id))
 
     def fail(self, error: PerdureError) -> None:
         if not self.future.done():

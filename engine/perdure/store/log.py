@@ -13,7 +13,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
@@ -25,6 +25,7 @@ from perdure.events import AttemptFailed, Event, Interrupted, RecordedEvent, Sub
 from perdure.store.database import Database, Writer
 from perdure.store.dialect import News
 from perdure.store.feed import Feed
+from perdure.store.projection import TaskFold
 from perdure.store.transaction import FoldCache, Transaction
 
 __all__ = ["EventLog", "Work"]
@@ -263,12 +264,15 @@ class EventLog:
             # What can't be erased now, because somebody still looks at it, goes with later commits.
             with contextlib.suppress(StoreError):
                 writer.erase()
-        for task_id in done.transaction.touched:
-            fold = done.transaction.fold(task_id)
-            if fold is not None:
+        ended: dict[str, TaskFold] = {}
+        for fold in done.transaction.touched:
+            if fold.state.status.ended:  # nobody will append to it
+                cache.drop((fold.task_id,))
+                ended[fold.task_id] = fold
+            else:
                 cache.put(fold)
         self._untold.extend(done.written)
-        self._call(self._deliver, done.replies, done.written, done.head)
+        self._call(self._deliver, done.replies, done.written, ended, done.head)
 
     def _give_up(
         self, writer: Writer, cache: FoldCache, batch: list[_Request[Any]], error: BaseException
@@ -283,7 +287,7 @@ class EventLog:
             said = " ".join(str(error.orig).split())
             error = DatabaseCorrupt(f"the database refused a write ({said}): run `perdure verify`")
         failed: list[_Reply] = [(request, None, error) for request in batch]
-        self._call(self._deliver, failed, [], 0)
+        self._call(self._deliver, failed, [], {}, 0)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         """Call ``function`` on the event loop, if that still runs."""
@@ -305,9 +309,15 @@ class EventLog:
                 if request is not None and request is not _NUDGE:
                     _fail(request.future, error)
 
-    def _deliver(self, replies: list[_Reply], written: list[RecordedEvent], head: int) -> None:
+    def _deliver(
+        self,
+        replies: list[_Reply],
+        written: list[RecordedEvent],
+        ended: Mapping[str, TaskFold],
+        head: int,
+    ) -> None:
         if written:
-            self.feed.publish(written, written[0].position, head)
+            self.feed.publish(written, ended, head)
         for request, result, error in replies:
             if error is not None:
                 _fail(request.future, error)
@@ -340,7 +350,7 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
                 return done
         except BaseException as error:  # noqa: BLE001 - every caller is told
             if done is not None:
-                cache.drop(done.transaction.touched)
+                cache.drop(fold.task_id for fold in done.transaction.touched)
             if again and isinstance(error, IntegrityError):
                 again = False  # somebody else took an id or a key first: by now it can be seen
                 continue

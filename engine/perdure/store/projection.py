@@ -67,6 +67,11 @@ class TaskFold:
             self._text = ["".join(self._text)]
         return self._text[0] if self._text else ""
 
+    @property
+    def tool_calls(self) -> str | None:
+        """The calls that the model asked for, as a JSON array; None where there are none."""
+        return _tool_calls("".join(self._calls)) if self._calls else None
+
     def apply(self, events: Iterable[Event], at: datetime) -> None:
         """Fold in what was recorded at ``at``, all of it or, on an error, nothing.
 
@@ -168,7 +173,7 @@ class TaskFold:
             "started_at": state.started_at,
             "ended_at": state.ended_at,
             "files_created": canonical(list(state.files)).decode() if state.files else None,
-            "tool_calls": _tool_calls("".join(self._calls)) if state.status.ended else None,
+            "tool_calls": self.tool_calls if state.status.ended else None,
             "archived": state.archive,
         }
 

@@ -7,13 +7,14 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 import sqlalchemy as sa
 
 from perdure.errors import PerdureError, TaskArchived, TaskNotFound
-from perdure.events import RecordedEvent, Submitted, decode, encode
+from perdure.events import RecordedEvent, Submitted, decode
+from perdure.store.begun import Ended
 from perdure.store.claims import load_blobs
 from perdure.store.content import blob_digests, restore
 from perdure.store.database import Database
@@ -28,7 +29,15 @@ _UNREADABLE_CALL: Final = re.compile(
     r'\{"id":("(?:[^"\\]|\\.)*"),"name":("(?:[^"\\]|\\.)*"),"arguments":(.*)\}', re.DOTALL
 )
 
-__all__ = ["Records", "TaskFilter", "TaskRecord", "each_task", "find_tasks", "read_events"]
+__all__ = [
+    "Outcome",
+    "Records",
+    "TaskFilter",
+    "TaskRecord",
+    "each_task",
+    "find_tasks",
+    "read_events",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +101,52 @@ def _tool_call(call: Any) -> ToolCall:  # noqa: ANN401 - what the model made of 
         return ToolCall(name="", arguments=call)
     id_, name, arguments = opening.groups()
     return ToolCall(id=orjson.loads(id_), name=orjson.loads(name), arguments=arguments)
+
+
+class Outcome(NamedTuple):
+    """What came out of a task: the part of a `TaskRecord` that is known without reading its row."""
+
+    task_id: str
+    status: TaskStatus
+    platform: str
+    model: str | None
+    attempts: int
+    output: str | None
+    partial_output: str | None
+    finish_reason: str | None
+    error_class: str | None
+    error: str | None
+    usage: Usage
+    cost_usd: float | None
+    started_at: datetime | None
+    ended_at: datetime | None
+    files_created: tuple[str, ...]
+    tool_calls: tuple[ToolCall, ...]
+
+    @classmethod
+    def of(cls, fold: TaskFold) -> Outcome:
+        """Return what all events of an ended task come to."""
+        state, calls = fold.state, fold.tool_calls
+        completed = state.status is TaskStatus.COMPLETED
+        usage = state.total_usage
+        return cls(
+            task_id=fold.task_id,
+            status=state.status,
+            platform=state.platform,
+            model=state.model,
+            attempts=state.attempt,
+            output=fold.text if completed else None,
+            partial_output=None if completed else fold.text,
+            finish_reason=state.finish_reason,
+            error_class=state.error_class,
+            error=state.error,
+            usage=usage if usage.raw is None else usage.model_copy(update={"raw": None}),
+            cost_usd=state.total_cost,
+            started_at=state.started_at,
+            ended_at=state.ended_at,
+            files_created=state.files,
+            tool_calls=tuple(map(_tool_call, orjson.loads(calls))) if calls else (),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,18 +289,10 @@ class Records:
         record, first = found
         return record, await self._restored(task_id, first)
 
-    async def folded(self, stream: Sequence[RecordedEvent]) -> tuple[TaskRecord, Task]:
-        """Return the same as `both`, from all of the task's events instead of the database."""
-        task_id = stream[0].task_id
-        fold = TaskFold(task_id, stream[0].position)
-        for one in stream:
-            fold.apply_one(one.event, one.recorded_at)
-        record = TaskRecord.of(fold.new_row())
-        # As it is stored: canonical, and nobody else's to change.
-        stored = encode(stream[0].event)
-        first = decode(stored.type, stored.schema_version, stored.data)
-        assert isinstance(first, Submitted)  # noqa: S101 - nothing else begins a task
-        return record, await self._restored(task_id, first)
+    async def of_ended(self, ended: Ended) -> tuple[Outcome, Task]:
+        """Return the same as `both`, of a task whose events are at hand."""
+        outcome = Outcome.of(ended.fold)
+        return outcome, await self._restored(outcome.task_id, ended.asked)
 
     async def _restored(self, task_id: str, first: Submitted) -> Task:
         digests = blob_digests(first.task, first.blobs)

@@ -156,10 +156,7 @@ class FoldCache:
         return self._folds.get(task_id)
 
     def put(self, fold: TaskFold) -> None:
-        """Keep a fold, but for an ended task's, which nobody needs any more."""
-        if fold.state.status.ended:
-            self._folds.pop(fold.task_id, None)
-            return
+        """Keep a fold."""
         self._folds[fold.task_id] = fold
         self._folds.move_to_end(fold.task_id)
         while len(self._folds) > self._size:
@@ -335,9 +332,9 @@ class Transaction:
     # -- writing ---------------------------------------------------------------------------------
 
     @property
-    def touched(self) -> tuple[str, ...]:
+    def touched(self) -> list[TaskFold]:
         """The streams that were appended to."""
-        return tuple(self._staged)
+        return [staged.fold for staged in self._staged.values()]
 
     def flush(self) -> tuple[int, list[RecordedEvent]]:
         """Write everything; returns the log's new head and what was written, in order."""
