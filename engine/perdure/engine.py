@@ -238,11 +238,7 @@ class Engine:
             else:
                 ready.append(make)
                 outcomes.append(None)
-        written = iter(
-            await self.log.write(lambda tx: submit(tx, ready), tuple(one.task_id for one in ready))
-            if ready
-            else ()
-        )
+        written = iter(await self.log.write(lambda tx: submit(tx, ready)) if ready else ())
         done = [next(written) if outcome is None else outcome for outcome in outcomes]
         for outcome in done:
             if isinstance(outcome, Submission) and outcome.new:

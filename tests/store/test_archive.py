@@ -864,7 +864,7 @@ def test_a_row_without_content_is_the_same_row(life: Life, bare: bool) -> None:
         whole.apply((event,), LATER)
     if not whole.state.status.ended:
         return
-    before = whole.new_row()
+    before = whole.new_row()._asdict()
     note = Archived(
         by="me",
         archive="a.db",
@@ -877,7 +877,7 @@ def test_a_row_without_content_is_the_same_row(life: Life, bare: bool) -> None:
     fold = TaskFold("task", 7) if bare else whole
     fold.apply((note_back,), LATER)
     assert fold.version == len(life.events) + 1
-    after = fold.new_row()
+    after = fold.new_row()._asdict()
     assert {name: after[name] for name in KEPT} == {name: before[name] for name in KEPT}
     assert [after[name] for name in CONTENT] == [None] * len(CONTENT)
     assert after["archived"] == "a.db"

@@ -84,7 +84,7 @@ class Bulk:
         processors = self._compiled_for(dialect).processors
         if processors:
             return [processed(row, processors) for row in rows]
-        return [tuple(row) for row in rows]
+        return rows
 
     def bound_value(self, dialect: Dialect, name: str, value: object) -> Any:  # noqa: ANN401
         """Return one value as the driver would get it, for who has it in many rows."""

@@ -182,7 +182,12 @@ def _folds(tx: Transaction, task_ids: Sequence[str]) -> dict[str, TaskFold]:
 def _submitted(tx: Transaction, folds: Iterable[TaskFold]) -> dict[int, Submitted]:
     """Return the first events of these streams, by stream."""
     found: dict[int, Submitted] = {}
-    stream_ids = [fold.stream_id for fold in folds]
+    stream_ids: list[int] = []
+    for fold in folds:
+        if fold.asked is not None:
+            found[fold.stream_id] = fold.asked
+        else:
+            stream_ids.append(fold.stream_id)
     for begin in range(0, len(stream_ids), IN_LIMIT):
         part = stream_ids[begin : begin + IN_LIMIT]
         for stream_id, type_, schema_version, data in _FIRST_EVENTS.rows(tx.connection, part):

@@ -107,6 +107,13 @@ class Writer(ABC):
         """
         raise error
 
+    def undisturbed(self) -> bool:
+        """Return, within a transaction, whether nobody else has written since this was asked last.
+
+        False where that can't be known.
+        """
+        return False
+
     @abstractmethod
     def others_committed(self) -> bool:
         """Return whether another connection has committed since this was last asked."""

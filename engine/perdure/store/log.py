@@ -132,7 +132,8 @@ class EventLog:
             InvalidTransition: The events can't follow.
             StoreError: The database can't do it; nothing was written.
         """
-        return await self.write(lambda tx: tx.append(task_id, events, expected), (task_id,))
+        streams = (task_id,) if expected != 0 else ()
+        return await self.write(lambda tx: tx.append(task_id, events, expected), streams)
 
     async def write(self, work: Work[T], streams: Sequence[str] = (), *, alone: bool = False) -> T:
         """Do ``work`` in the writer's next transaction and return its result after the commit.
@@ -140,7 +141,8 @@ class EventLog:
         Args:
             work: Called in the writer thread. It may fail with a `PerdureError` as long as it has
                 changed nothing by then.
-            streams: The streams it will append to, so that they are looked up in one go.
+            streams: The streams it will append to that are there already, so that they are looked
+                up in one go.
             alone: Give it a transaction of its own, for work that takes long.
         """
         result, _position = await self.write_at(work, streams, alone=alone)
@@ -339,11 +341,14 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
     """Do the work in one transaction; again, as often as the writer thinks that it helps."""
     since = time.monotonic()
     again = writer.races and len(batch) == 1
+    careful = False
     while True:
         done: _Done | None = None
         try:
             with writer.transaction() as connection:
-                done = _Done(Transaction(connection, cache, writer.now()), [])
+                if not writer.undisturbed():
+                    cache.distrust()
+                done = _Done(Transaction(connection, cache, writer.now(), careful=careful), [])
                 done.transaction.prefetch(_all_streams(batch))
                 done.replies = [_attempt(request, done.transaction) for request in batch]
                 done.head, done.written = done.transaction.flush()
@@ -351,8 +356,10 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
         except BaseException as error:  # noqa: BLE001 - every caller is told
             if done is not None:
                 cache.drop(fold.task_id for fold in done.transaction.touched)
-            if again and isinstance(error, IntegrityError):
-                again = False  # somebody else took an id or a key first: by now it can be seen
+            if isinstance(error, IntegrityError) and (again or not careful):
+                # An id is taken that was not looked for; or somebody else took it, or a key, in
+                # between: by now it can be seen.
+                again, careful = again and not careful, True
                 continue
             mark = done.transaction.mark if done is not None else None
             if writer.settle(error, mark, since) and done is not None:

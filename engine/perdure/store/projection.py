@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -25,9 +25,95 @@ from perdure.lifecycle import TaskState, evolve, extend
 from perdure.task import TaskStatus
 from perdure.text import check_json
 
-__all__ = ["REDACTED_COLUMNS", "TaskFold"]
+__all__ = ["ChangingColumns", "TaskFold", "TaskRow"]
 
-Row = dict[str, Any]
+
+class TaskRow(NamedTuple):
+    """A row of `tasks`: what its columns hold, in their order, but for the time as a moment."""
+
+    stream_id: int
+    task_id: str
+    status: str
+    platform: str
+    model: str | None
+    type: str | None
+    priority: int
+    attempts: int
+    worker: str | None
+    available_at: datetime
+    cancel_requested: bool
+    prompt: str | None
+    output: str | None
+    partial_output: str | None
+    finish_reason: str | None
+    error_class: str | None
+    error: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cache_read_tokens: int | None
+    cache_write_tokens: int | None
+    reasoning_tokens: int | None
+    cost_usd: float | None
+    submitted_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    batch: str | None
+    key: str | None
+    fingerprint: str | None
+    parent: str | None
+    retry_of: str | None
+    labels: str
+    files_created: str | None
+    tool_calls: str | None
+    archived: str | None
+
+
+class ChangingColumns(NamedTuple):
+    """The key of a row of `tasks`, and the columns that events after the first change."""
+
+    stream_id: int
+    status: str
+    platform: str
+    model: str | None
+    attempts: int
+    worker: str | None
+    available_at: datetime
+    cancel_requested: bool
+    output: str | None
+    partial_output: str | None
+    finish_reason: str | None
+    error_class: str | None
+    error: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cache_read_tokens: int | None
+    cache_write_tokens: int | None
+    reasoning_tokens: int | None
+    cost_usd: float | None
+    started_at: datetime | None
+    ended_at: datetime | None
+    files_created: str | None
+    tool_calls: str | None
+    archived: str | None
+
+
+class Content(NamedTuple):
+    """What a row holds of what was asked."""
+
+    prompt: str | None
+    labels: str
+
+
+class _FixedColumns(NamedTuple):
+    type: str | None
+    priority: int
+    prompt: str | None
+    batch: str | None
+    key: str | None
+    fingerprint: str | None
+    parent: str | None
+    retry_of: str | None
+    labels: str
 
 
 class TaskFold:
@@ -36,17 +122,19 @@ class TaskFold:
     Attributes:
         task_id: The stream.
         stream_id: Its key; 0 until the stream is stored.
+        asked: Its first event, where somebody thought that worth keeping.
     """
 
-    __slots__ = ("_calls", "_fixed", "_state", "_text", "stream_id", "task_id")
+    __slots__ = ("_calls", "_fixed", "_state", "_text", "asked", "stream_id", "task_id")
 
     def __init__(self, task_id: str, stream_id: int = 0) -> None:
         self.task_id = task_id
         self.stream_id = stream_id
+        self.asked: Submitted | None = None
         self._state: TaskState | None = None
         self._text: list[str] = []
         self._calls: list[str] = []
-        self._fixed: Row | None = None
+        self._fixed: _FixedColumns | None = None
 
     @property
     def version(self) -> int:
@@ -123,59 +211,100 @@ class TaskFold:
             if type(event) is Archived:
                 self._fixed = _fixed_columns_left(event.row)
 
-    def new_row(self) -> Row:
-        """Return all columns, for a task that has no row yet.
+    def new_row(self) -> TaskRow:
+        """Return the whole row, for a task that has none yet.
 
         Only where the fold began with the first event that there is; the fixed part is given away
         once, so that a cache of folds doesn't keep every prompt.
         """
-        if self._fixed is None:
+        fixed = self._fixed
+        if fixed is None:
             raise ValueError(f"{self.task_id}: the fixed columns are known only to the first row")
-        row = {"task_id": self.task_id, **self._fixed, **self.changing_columns()}
         self._fixed = None
         if self.state.redacted:
-            row.update(REDACTED_COLUMNS)
-        return row
+            fixed = fixed._replace(**REDACTED._asdict())
+        c = self.changing_columns()
+        return TaskRow(
+            c.stream_id,
+            self.task_id,
+            c.status,
+            c.platform,
+            c.model,
+            fixed.type,
+            fixed.priority,
+            c.attempts,
+            c.worker,
+            c.available_at,
+            c.cancel_requested,
+            fixed.prompt,
+            c.output,
+            c.partial_output,
+            c.finish_reason,
+            c.error_class,
+            c.error,
+            c.input_tokens,
+            c.output_tokens,
+            c.cache_read_tokens,
+            c.cache_write_tokens,
+            c.reasoning_tokens,
+            c.cost_usd,
+            self.state.submitted_at,
+            c.started_at,
+            c.ended_at,
+            fixed.batch,
+            fixed.key,
+            fixed.fingerprint,
+            fixed.parent,
+            fixed.retry_of,
+            fixed.labels,
+            c.files_created,
+            c.tool_calls,
+            c.archived,
+        )
 
-    def content_columns(self) -> Row | None:
+    def content_left(self) -> Content | None:
         """Return what is left of a row's content once that is gone; None while it is there."""
         if self.state.archive is not None and self._fixed is not None:
-            return {name: self._fixed[name] for name in REDACTED_COLUMNS}
-        return REDACTED_COLUMNS if self.state.redacted else None
+            return Content(self._fixed.prompt, self._fixed.labels)
+        return REDACTED if self.state.redacted else None
 
-    def changing_columns(self) -> Row:
+    def changing_columns(self) -> ChangingColumns:
         """Return the columns that events after the first change."""
         state = self.state
+        status = state.status
         usage = state.total_usage
-        text = None if state.redacted or state.archive is not None else self.text
-        unsuccessful = state.status in (TaskStatus.FAILED, TaskStatus.CANCELLED)
-        return {
-            "stream_id": self.stream_id,
-            "status": state.status.value,
-            "platform": state.platform,
-            "model": state.model,
-            "attempts": state.attempt,
-            "worker": state.worker,
-            "available_at": state.available_at,
-            "cancel_requested": state.cancel is not None,
-            "output": text if state.status is TaskStatus.COMPLETED else None,
-            "partial_output": text if unsuccessful else None,
-            "finish_reason": state.finish_reason,
-            "error_class": state.error_class,
-            "error": state.error,
-            "input_tokens": usage.input_tokens,
-            "output_tokens": usage.output_tokens,
-            "cache_read_tokens": usage.cache_read_tokens,
-            "cache_write_tokens": usage.cache_write_tokens,
-            "reasoning_tokens": usage.reasoning_tokens,
-            "cost_usd": state.total_cost,
-            "submitted_at": state.submitted_at,
-            "started_at": state.started_at,
-            "ended_at": state.ended_at,
-            "files_created": canonical(list(state.files)).decode() if state.files else None,
-            "tool_calls": self.tool_calls if state.status.ended else None,
-            "archived": state.archive,
-        }
+        text = calls = None
+        if status.ended:
+            calls = self.tool_calls
+            if not state.redacted and state.archive is None:
+                text = self.text
+        completed = status is TaskStatus.COMPLETED
+        return ChangingColumns(
+            self.stream_id,
+            status.value,
+            state.platform,
+            state.model,
+            state.attempt,
+            state.worker,
+            state.available_at,
+            state.cancel is not None,
+            text if completed else None,
+            None if completed else text,
+            state.finish_reason,
+            state.error_class,
+            state.error,
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cache_read_tokens,
+            usage.cache_write_tokens,
+            usage.reasoning_tokens,
+            state.total_cost,
+            state.started_at,
+            state.ended_at,
+            canonical(list(state.files)).decode() if state.files else None,
+            calls,
+            state.archive,
+        )
 
 
 def _tool_calls(lines: str) -> str | None:
@@ -196,36 +325,37 @@ def _tool_call(line: str) -> Any:  # noqa: ANN401 - what the model made of it
         return line
 
 
-# What a redaction takes out of a row, beside the output.
-REDACTED_COLUMNS: Row = {"prompt": None, "labels": "{}"}
+# What a redaction leaves of a row's content, beside the output.
+REDACTED: Final = Content(None, "{}")
 
 
-def _fixed_columns(event: Submitted) -> Row:
+def _fixed_columns(event: Submitted) -> _FixedColumns:
     task = event.task
     parents: Sequence[str] = task.get("parents") or ()
     messages = task.get("messages")
-    return {
-        "type": task.get("type"),
-        "priority": task.get("priority", 5),
-        "prompt": messages[-1].get("content") if messages else task.get("prompt"),
-        "batch": task.get("batch"),
-        "key": task.get("key"),
-        "fingerprint": task.get("fingerprint"),
-        "parent": parents[0] if parents else None,
-        "retry_of": task.get("retry_of"),
-        "labels": orjson.dumps(task.get("labels") or {}, option=orjson.OPT_SORT_KEYS).decode(),
-    }
+    labels = task.get("labels")
+    return _FixedColumns(
+        type=task.get("type"),
+        priority=task.get("priority", 5),
+        prompt=messages[-1].get("content") if messages else task.get("prompt"),
+        batch=task.get("batch"),
+        key=task.get("key"),
+        fingerprint=task.get("fingerprint"),
+        parent=parents[0] if parents else None,
+        retry_of=task.get("retry_of"),
+        labels=canonical(labels).decode() if labels else "{}",
+    )
 
 
-def _fixed_columns_left(row: ArchivedRow) -> Row:
-    return {
-        "type": row.type,
-        "priority": row.priority,
-        "prompt": None,
-        "batch": row.batch,
-        "key": row.key,
-        "fingerprint": row.fingerprint,
-        "parent": row.parent,
-        "retry_of": row.retry_of,
-        "labels": canonical(row.labels).decode(),
-    }
+def _fixed_columns_left(row: ArchivedRow) -> _FixedColumns:
+    return _FixedColumns(
+        type=row.type,
+        priority=row.priority,
+        prompt=None,
+        batch=row.batch,
+        key=row.key,
+        fingerprint=row.fingerprint,
+        parent=row.parent,
+        retry_of=row.retry_of,
+        labels=canonical(row.labels).decode(),
+    )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from operator import itemgetter
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -17,7 +16,7 @@ from perdure.events import Archived, Chunk, Event, decode, decode_text
 from perdure.store import scanning
 from perdure.store.bulk import Bulk, plain_rows
 from perdure.store.dialect import take_time
-from perdure.store.projection import TaskFold
+from perdure.store.projection import TaskFold, TaskRow
 from perdure.store.scanning import (
     NO_MOMENT,
     UNREADABLE,
@@ -48,8 +47,7 @@ class RebuildReport:
 # What the driver gets for a row, or gives for one, in the order of the columns.
 _Values = Sequence[Any]
 
-_COLUMNS: Final = tuple(tasks.c.keys())
-_values_of: Final = cast("Callable[[Mapping[str, Any]], _Values]", itemgetter(*_COLUMNS))
+_COLUMNS: Final = TaskRow._fields
 _INSERT: Final = Bulk(tasks, _COLUMNS)
 _SURPLUS: Final = tasks.c.stream_id.not_in(sa.select(streams.c.stream_id))
 
@@ -150,7 +148,7 @@ def _stored_rows(dialect: str) -> sa.Select[*tuple[Any, ...]]:
 
 def _right_rows(connection: Connection, folds: Iterable[TaskFold]) -> dict[int, _Values]:
     """Return the rows that there should be, by stream."""
-    rows = [_values_of(_row(fold)) for fold in folds if fold.version]
+    rows = [_row(fold) for fold in folds if fold.version]
     return {row[0]: row for row in _INSERT.bound(connection.dialect, rows)}
 
 
@@ -250,7 +248,7 @@ def _take(fold: TaskFold, event: Event, at: datetime) -> None:
         ) from None
 
 
-def _row(fold: TaskFold) -> dict[str, Any]:
+def _row(fold: TaskFold) -> TaskRow:
     try:
         return fold.new_row()
     except UNREADABLE as error:

@@ -203,6 +203,7 @@ class SqliteWriter(Writer):
         self._wal_size = 0
         self._checkpoint_at = CHECKPOINT_BYTES
         self._data_version = self._read_data_version()
+        self._data_version_within = -1  # as the last transaction saw it
 
     def translated(self) -> AbstractContextManager[None]:
         """Turn what the driver raises into a `StoreError` of one line."""
@@ -218,6 +219,16 @@ class SqliteWriter(Writer):
         changed = seen != self._data_version
         self._data_version = seen
         return changed
+
+    def undisturbed(self) -> bool:
+        """Return, within a transaction, whether nobody else has written since this was asked last.
+
+        Who holds the write lock sees the latest commit, and until it lets go there is no other.
+        """
+        seen = self._read_data_version()
+        same = seen == self._data_version_within
+        self._data_version_within = seen
+        return same
 
     def checkpoint_if_due(self) -> None:
         """Copy the WAL back into the database once it has grown, with all writers kept out."""

@@ -8,11 +8,11 @@ it where several processes write.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from hashlib import sha256
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -33,14 +33,15 @@ from perdure.events import (
     Event,
     RecordedEvent,
     Submitted,
-    chain_digest,
+    chain_link,
     decode,
     decode_text,
     encode,
+    micros_of,
 )
 from perdure.store.bulk import Bulk
 from perdure.store.direct import Statement, is_among
-from perdure.store.projection import TaskFold
+from perdure.store.projection import ChangingColumns, TaskFold, TaskRow
 from perdure.store.schema import blobs, events, log_head, streams, tasks
 
 __all__ = ["FoldCache", "Transaction", "chunks_of"]
@@ -49,6 +50,8 @@ __all__ = ["FoldCache", "Transaction", "chunks_of"]
 IN_LIMIT: Final = 500
 # So many events of a stream are read at a time, however long it is.
 MOST_FOLDED: Final = 5000
+# What was asked is kept with a fold up to that size, so that whoever claims it need not read it.
+KEPT_BYTES: Final = 2000
 
 # Made once: for small transactions, making a statement costs more than executing it.
 _FIND_STREAMS: Final = Statement(
@@ -78,7 +81,7 @@ _INSERT_EVENT: Final = Bulk(
         *("data", "recorded_at", "digest"),
     ),
 )
-_INSERT_TASK: Final = Bulk(tasks, tasks.c.keys())
+_INSERT_TASK: Final = Bulk(tasks, TaskRow._fields)
 # Locked where that is possible, so that no redaction takes one away that is about to be named.
 _KNOWN_BLOBS: Final = Statement(
     sa.select(blobs.c.digest)
@@ -99,18 +102,11 @@ _MOVE_STREAMS: Final = Statement(
     .values(version=streams.c.version + sa.bindparam("by")),
     ("by", "of_streams"),
 )
-_CHANGING: Final = tuple(
-    name
-    for name in tasks.c.keys()  # noqa: SIM118 - columns, not a dict
-    if name not in {"task_id", "type", "priority", "prompt", "batch", "key", "fingerprint"}
-    and name not in {"parent", "retry_of", "labels", "submitted_at"}
-)
-_UPDATE_TASK: Final = Bulk(tasks, _CHANGING, key="stream_id")
+_UPDATE_TASK: Final = Bulk(tasks, ChangingColumns._fields, key="stream_id")
 _FORGET_CONTENT: Final = Bulk(tasks, ("stream_id", "prompt", "labels"), key="stream_id")
 _KNOWN_KEYS: Final = Statement(
     sa.select(tasks.c.key, tasks.c.task_id).where(is_among(tasks.c.key, "keys")), ("keys",)
 )
-_COLUMNS: Final = tuple(tasks.c.keys())
 _STREAM_EVENTS: Final = Statement(
     sa.select(
         events.c.version,
@@ -144,22 +140,33 @@ class FoldCache:
     """Folds of the streams written to last, so that most appends read nothing.
 
     A fold is used only where its version is still the stream's, so another process's write is
-    always noticed.
+    always noticed; where nobody else has written, that is known without looking.
     """
 
     def __init__(self, size: int = 4096) -> None:
         self._size = size
-        self._folds: OrderedDict[str, TaskFold] = OrderedDict()
+        self._folds: OrderedDict[str, tuple[TaskFold, int]] = OrderedDict()
+        self._disturbances = 0
 
     def get(self, task_id: str) -> TaskFold | None:
-        """Return the fold of a stream, if it is kept."""
-        return self._folds.get(task_id)
+        """Return the fold of a stream, if it is kept; its stream may have moved on."""
+        kept = self._folds.get(task_id)
+        return None if kept is None else kept[0]
+
+    def trusted(self, task_id: str) -> TaskFold | None:
+        """Return the fold of a stream, if it is kept and surely is where the stream is."""
+        kept = self._folds.get(task_id)
+        return kept[0] if kept is not None and kept[1] == self._disturbances else None
+
+    def distrust(self) -> None:
+        """Note that somebody else may have written."""
+        self._disturbances += 1
 
     def put(self, fold: TaskFold) -> None:
-        """Keep a fold."""
-        self._folds[fold.task_id] = fold
+        """Keep a fold that is where its stream is."""
+        self._folds[fold.task_id] = fold, self._disturbances
         self._folds.move_to_end(fold.task_id)
-        while len(self._folds) > self._size:
+        if len(self._folds) > self._size:
             self._folds.popitem(last=False)
 
     def clear(self) -> None:
@@ -186,6 +193,13 @@ class _Staged:
 class Transaction:
     """What is being written together.
 
+    Args:
+        connection: Where to.
+        cache: Folds that need not be read.
+        at: The moment that is recorded.
+        careful: Look whether the name of a new stream is taken. Else the database refuses the
+            whole transaction where it is, which it hardly ever has to.
+
     Attributes:
         connection: For statements beside the log, in the same transaction.
         at: The moment that is recorded.
@@ -193,9 +207,12 @@ class Transaction:
         mark: The position and the digest of the last event that `flush` has written.
     """
 
-    def __init__(self, connection: Connection, cache: FoldCache, at: datetime) -> None:
+    def __init__(
+        self, connection: Connection, cache: FoldCache, at: datetime, *, careful: bool = True
+    ) -> None:
         self.connection = connection
         self.at = at
+        self._careful = careful
         self.erases = False
         self.mark: tuple[int, bytes] | None = None
         self._cache = cache
@@ -211,7 +228,10 @@ class Transaction:
 
     def prefetch(self, task_ids: Iterable[str]) -> None:
         """Look up (and on PostgreSQL lock) these streams in one go, in an order all agree on."""
-        wanted = sorted({task_id for task_id in task_ids if task_id not in self._versions})
+        trusted = self._cache.trusted
+        wanted = sorted(
+            {one for one in task_ids if trusted(one) is None and one not in self._versions}
+        )
         for part in chunks_of(wanted):
             self._versions.update(dict.fromkeys(part))
             for task_id, stream_id, version in _FIND_STREAMS.rows(self.connection, part):
@@ -222,6 +242,10 @@ class Transaction:
         known = self._folds.get(task_id)
         if known is not None:  # one and the same, so that whoever holds it sees what is appended
             return known
+        trusted = self._cache.trusted(task_id)
+        if trusted is not None:
+            self._folds[task_id] = trusted
+            return trusted
         if task_id not in self._versions:
             self.prefetch((task_id,))
         found = self._versions[task_id]
@@ -274,7 +298,8 @@ class Transaction:
             DuplicateKey: Another task has the new task's key.
             InvalidTransition: The events can't follow.
         """
-        fold = self.fold(task_id)
+        hoped_for = expected == 0 and not self._careful
+        fold = self._folds.get(task_id) if hoped_for else self.fold(task_id)
         actual = 0 if fold is None else fold.version
         if expected is not None and actual != expected:
             raise ConcurrencyError(task_id, expected, actual)
@@ -284,15 +309,18 @@ class Transaction:
             fold = TaskFold(task_id)
         encoded = [(event, encode(event)) for event in new]
         fold.apply(new, self.at)
-        if isinstance(new[0], Submitted):  # after the fold: what is refused claims no key
-            self._claim_key(new[0].task.get("key"), task_id)
+        first, stored = encoded[0]
+        if type(first) is Submitted:  # after the fold: what is refused claims no key
+            self._claim_key(first.task.get("key"), task_id)
+            if len(stored.data) <= KEPT_BYTES:
+                fold.asked = first
         staged = self._staged.get(task_id)
         if staged is None:
             staged = self._staged[task_id] = _Staged(fold, actual + 1, new=actual == 0)
             self._folds[task_id] = fold
         staged.events.extend(encoded)
-        # A chunk changes no row: it only moves its stream on.
-        staged.row_changed = staged.row_changed or any(type(event) is not Chunk for event in new)
+        if not staged.row_changed:  # a chunk changes no row: it only moves its stream on
+            staged.row_changed = any(type(event) is not Chunk for event in new)
         return fold.version
 
     def known_keys(self, keys: Iterable[str]) -> dict[str, str]:
@@ -345,38 +373,26 @@ class Transaction:
         stream_rows: list[tuple[Any, ...]] = []
         event_rows: list[tuple[Any, ...]] = []
         written: list[RecordedEvent] = []
-        moment = _INSERT_EVENT.bound_value(self.connection.dialect, "recorded_at", self.at)
+        at, micros = self.at, micros_of(self.at)
+        moment = _INSERT_EVENT.bound_value(self.connection.dialect, "recorded_at", at)
         for task_id, staged in self._staged.items():
             fold = staged.fold
             if staged.new:
                 fold.stream_id = position + 1
                 stream_rows.append((fold.stream_id, task_id, fold.version))
+            stream_id = fold.stream_id
             version = staged.first_version
-            for event, stored in staged.events:
+            for event, (type_, schema, data) in staged.events:
                 position += 1
-                digest = chain_digest(
-                    digest,
-                    position,
-                    task_id,
-                    version,
-                    stored.type,
-                    stored.schema_version,
-                    self.at,
-                    hashlib.sha256(stored.data).digest(),
+                hashed = sha256(data).digest()
+                digest = chain_link(
+                    digest, position, task_id, version, type_, schema, micros, hashed
                 )
+                text = data.decode()
                 event_rows.append(
-                    (
-                        position,
-                        fold.stream_id,
-                        version,
-                        stored.type,
-                        stored.schema_version,
-                        stored.data.decode(),
-                        moment,
-                        digest,
-                    )
+                    (position, stream_id, version, type_, schema, text, moment, digest)
                 )
-                written.append(RecordedEvent(position, task_id, version, event, self.at))
+                written.append(RecordedEvent(position, task_id, version, event, at))
                 version += 1
         _INSERT_STREAM.execute(self.connection, stream_rows)
         _INSERT_EVENT.execute_bound(self.connection, event_rows)
@@ -406,17 +422,15 @@ class Transaction:
         for staged in self._staged.values():
             fold = staged.fold
             if staged.new:
-                row = fold.new_row()
-                fresh.append(tuple([row[name] for name in _COLUMNS]))
+                fresh.append(fold.new_row())
                 continue
             moved.setdefault(len(staged.events), []).append(fold.stream_id)
             if not staged.row_changed:
                 continue
-            row = fold.changing_columns()
-            changed.append(tuple([row[name] for name in _CHANGING]))
-            left = fold.content_columns()
+            changed.append(fold.changing_columns())
+            left = fold.content_left()
             if left is not None:
-                forgotten.append((fold.stream_id, left["prompt"], left["labels"]))
+                forgotten.append((fold.stream_id, *left))
         for by, stream_ids in moved.items():
             for begin in range(0, len(stream_ids), IN_LIMIT):
                 part = stream_ids[begin : begin + IN_LIMIT]
