@@ -129,8 +129,9 @@ class Attempt:
         self._usage_written = claimed.state.usage
         self._usage_at = 0.0
         self._appending = asyncio.Lock()
-        self._news = asyncio.Event()
-        self._room = asyncio.Event()
+        self._news = False  # whether something has gathered
+        self._news_came: asyncio.Event | None = None
+        self._room: asyncio.Event | None = None
         self._loop = asyncio.get_running_loop()
         # Done as soon as there is a reason to end: the platform's end or error, a stop, the time.
         self._turn: asyncio.Future[None] = self._loop.create_future()
@@ -160,7 +161,7 @@ class Attempt:
         Raises:
             StoreError: The log can't be written; the task stays as it is there, to be recovered.
         """
-        deaf = self._log.feed.listen(self.task_id, self._notice, since=self._since)
+        self._log.feed.listen(self.task_id, self._notice, since=self._since)
         limit = self._call.task.limits.timeout_seconds
         timer = self._loop.call_later(limit, self._turn_to_the_end)
         if not self._turn.done():  # else it ends before it began: the platform isn't even asked
@@ -170,7 +171,7 @@ class Attempt:
             await self._finish()
         finally:
             timer.cancel()
-            deaf()
+            self._log.feed.stop_listening(self.task_id, self._notice)
             await self._close_quietly()
             await self._stop_writing()
         if self._failure is not None:
@@ -217,7 +218,7 @@ class Attempt:
                         continue
                     self._note_news()
                     if self._gathered.characters > self._timing.buffer_characters:
-                        self._room.clear()
+                        self._room = asyncio.Event()
                         await self._room.wait()
                 case UsageReported():
                     self._usage = event.usage
@@ -242,23 +243,23 @@ class Attempt:
 
     def _note_news(self) -> None:
         """See to it that what has gathered is written, unless the end takes it along."""
-        if self._writing is not None:
-            self._news.set()
-        elif not self._news.is_set():
-            self._news.set()
+        if self._news_came is not None:
+            self._news_came.set()
+        elif not self._news:
+            self._news = True
             self._loop.call_soon(self._begin_writing)
 
     def _begin_writing(self) -> None:
         # An answer that was there as a whole goes into the log as a whole, with its ending.
         if self._writing is None and not self._turn.done():
-            self._writing = self._loop.create_task(self._write_gathered())
+            self._news_came = asyncio.Event()
+            self._writing = self._loop.create_task(self._write_gathered(self._news_came))
 
     # -- what goes out ---------------------------------------------------------------------------
 
-    async def _write_gathered(self) -> None:
+    async def _write_gathered(self, news: asyncio.Event) -> None:
         while True:
-            await self._news.wait()
-            self._news.clear()
+            news.clear()
             try:
                 await self._append()
             except Exception as error:  # noqa: BLE001 - `run` raises it
@@ -266,6 +267,7 @@ class Attempt:
                 self.stop(Stop.BROKEN)
                 return
             await asyncio.sleep(self._timing.chunk_interval)
+            await news.wait()
 
     async def _append(self, *events: Event) -> None:
         """Write what has gathered, then ``events``, unless the task is no longer ours."""
@@ -296,7 +298,8 @@ class Attempt:
                         continue
                     self._state = self._state._replace(version=version)
                     self._over = self._over or ending
-                    self._room.set()
+                    if self._room is not None:
+                        self._room.set()
                     return True
             except (StoreError, EngineClosed):
                 self._over = True  # what was taken is lost, so nothing may follow it

@@ -238,11 +238,15 @@ class Engine:
             else:
                 ready.append(make)
                 outcomes.append(None)
+        if ready:
+            self.worker.wake()  # so that what is due at once is claimed in the same transaction
         written = iter(await self.log.write(lambda tx: submit(tx, ready)) if ready else ())
         done = [next(written) if outcome is None else outcome for outcome in outcomes]
         for outcome in done:
             if isinstance(outcome, Submission) and outcome.new:
                 self.worker.add_to_scope(outcome.task_id)
+                if not self.log.feed.has_begun(outcome.task_id):
+                    self.worker.wake()
         return done
 
     async def _continued(self, task: Task, earlier: str) -> Task:
@@ -269,7 +273,8 @@ class Engine:
             TimeoutError: It hasn't ended in that time.
         """
         at_hand: Ended | None = None
-        with self.log.feed.ending(task_id) as ended:
+        ending = self.log.feed.ending(task_id)
+        try:
             if self.log.feed.knows_open(task_id):
                 status = TaskStatus.PENDING  # or running by now: not over in any case
             else:
@@ -277,8 +282,9 @@ class Engine:
             if status is TaskStatus.UNKNOWN:
                 raise TaskNotFound(task_id)
             if not status.ended:
-                async with asyncio.timeout(timeout):
-                    at_hand = await ended
+                at_hand = await ending.wait(timeout)
+        finally:
+            ending.stop()
         if at_hand is not None:  # all that there is to know has just passed by here
             return make_result(*await self._records.of_ended(at_hand))
         return make_result(*await self._records.both(task_id))

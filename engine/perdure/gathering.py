@@ -44,7 +44,7 @@ class Gathering:
 
     def add(self, event: Event) -> None:
         """Take what came next; a chunk without text only moves the cursor on."""
-        if not isinstance(event, Chunk):
+        if type(event) is not Chunk:
             self._parts.append(event)
             return
         self._cursor = event.cursor or self._cursor
@@ -60,13 +60,18 @@ class Gathering:
     def take(self) -> list[Event]:
         """Return what has gathered, and forget it: pieces of one kind in a row as one chunk."""
         parts, cursor = self._parts, self._cursor
+        if not parts:
+            return []
         self._parts, self._cursor, self.characters = [], None, 0
         # The cursor goes with the last piece of output: after it the platform's stream goes on.
-        last = next((part for part in reversed(parts) if isinstance(part, _Run)), None)
+        last = None
+        for part in parts:
+            if isinstance(part, _Run):
+                last = part
         if last is None:
             self._cursor = cursor
         return [
-            part if isinstance(part, Event) else self._chunk(part, cursor if part is last else None)
+            self._chunk(part, cursor if part is last else None) if isinstance(part, _Run) else part
             for part in parts
         ]
 

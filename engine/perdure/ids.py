@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from datetime import UTC, datetime
+import time
+from datetime import date, datetime, timedelta
+from functools import lru_cache
 
 __all__ = ["generate_task_id"]
 
@@ -26,5 +28,11 @@ def generate_task_id(platform: str, at: datetime | None = None) -> str:
         platform: The platform's name.
         at: The moment whose date counts; None takes the present one.
     """
-    day = (at or datetime.now(UTC)).astimezone(UTC)
-    return f"{platform}_{day:%Y%m%d}_{_chance.getrandbits(32):08x}"
+    days = int((time.time() if at is None else at.timestamp()) // 86_400)
+    return f"{platform}_{_date(days)}_{_chance.getrandbits(32):08x}"
+
+
+@lru_cache(maxsize=8)
+def _date(days: int) -> str:
+    """Return the date (UTC) so many days after 1970 began."""
+    return f"{date(1970, 1, 1) + timedelta(days=days):%Y%m%d}"

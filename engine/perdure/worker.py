@@ -131,7 +131,7 @@ class Worker:
             self._scope = Scope(
                 self._scope.platforms, self._scope.batch, self._scope.task_ids | {task_id}
             )
-        self.wake()
+            self.wake()
 
     def wake(self) -> None:
         """Look for due tasks now."""
@@ -228,7 +228,7 @@ class Worker:
         self._more = False
         self._due = _NOT_LOOKED
         models = {name: a.default_model for name, a in self._platforms.made.items()}
-        claimed, head = await self._log.write_at(
+        claimed, head = await self._log.write_last(
             lambda tx: claims.claim(tx, self.worker_id, free, scope, models)
         )
         self._more = self._more or len(claimed) == free

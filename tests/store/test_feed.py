@@ -7,6 +7,7 @@ import contextlib
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Generator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -166,6 +167,14 @@ async def test_readers_of_many_streams_get_their_own(
         assert all(reading.result() == list(range(1, 8)) for reading in readings)
 
 
+def listen(
+    store: Store, task_id: str, hear: Callable[[RecordedEvent], None], since: int | None = None
+) -> Callable[[], None]:
+    """Have somebody told of a stream's events; returns what ends that."""
+    store.log.feed.listen(task_id, hear, since=since)
+    return partial(store.log.feed.stop_listening, task_id, hear)
+
+
 @pytest.mark.parametrize("writer", ["this process", "another one"])
 async def test_an_owner_misses_nothing_since_its_claim(database_url: str, writer: str) -> None:
     """Who names a position is told of what others wrote after it, also before he asked."""
@@ -182,7 +191,7 @@ async def test_an_owner_misses_nothing_since_its_claim(database_url: str, writer
             if event.version == 5:
                 complete.set()
 
-        stop = store.log.feed.listen("demo_1", hear, since=2)
+        stop = listen(store, "demo_1", hear, since=2)
         await store.log.append("demo_1", [Completed(output_length=1)], 4)
         async with asyncio.timeout(PATIENCE):
             await complete.wait()
@@ -255,7 +264,7 @@ async def test_joining_while_news_are_fetched(database_url: str) -> None:
         await there.start("known")
         await there.start("new")
         heard: asyncio.Queue[int] = asyncio.Queue()
-        stop = here.log.feed.listen("known", lambda e: heard.put_nowait(e.version))
+        stop = listen(here, "known", lambda e: heard.put_nowait(e.version))
         await there.log.append("known", [Chunk(text="x")], 2)
         async with asyncio.timeout(PATIENCE):
             while await heard.get() != 3:  # all there was before has been fetched then
@@ -266,7 +275,7 @@ async def test_joining_while_news_are_fetched(database_url: str) -> None:
             await there.log.append("new", [Completed()], 2)
             async with asyncio.timeout(PATIENCE):
                 await came.wait()
-                stop_new = here.log.feed.listen("new", lambda e: heard.put_nowait(e.version))
+                stop_new = listen(here, "new", lambda e: heard.put_nowait(e.version))
                 go.set()
                 while await heard.get() != 3:
                     pass
@@ -335,7 +344,7 @@ async def test_listening_since_others_committed_unheard(database_url: str) -> No
         await there.start("demo_1")
         heard: asyncio.Queue[int] = asyncio.Queue()
         await here.submit("demo_2")  # this process's own writing goes on meanwhile
-        stop = here.log.feed.listen("demo_1", lambda e: heard.put_nowait(e.version), since=0)
+        stop = listen(here, "demo_1", lambda e: heard.put_nowait(e.version), since=0)
         async with asyncio.timeout(PATIENCE):
             assert {await heard.get(), await heard.get()} == {1, 2}
         stop()
@@ -348,7 +357,7 @@ async def test_listening_since_the_last_position_seen(database_url: str) -> None
         await there.log.append("demo_1", [CancelRequested(by="me")], 2)
         await here.log.write(lambda _tx: None)  # the writer notices, and nobody listens
         heard: asyncio.Queue[int] = asyncio.Queue()
-        stop = here.log.feed.listen("demo_1", lambda e: heard.put_nowait(e.version), since=2)
+        stop = listen(here, "demo_1", lambda e: heard.put_nowait(e.version), since=2)
         async with asyncio.timeout(PATIENCE):
             assert await heard.get() == 3
         stop()

@@ -53,6 +53,11 @@ class Begun:
     def __contains__(self, task_id: str) -> bool:
         return task_id in self._streams
 
+    def goes_on(self, task_id: str) -> bool:
+        """Return whether a stream has more than its first event; False where that isn't kept."""
+        kept = self._streams.get(task_id)
+        return kept is not None and len(kept.events) > 1
+
     def events(self, task_id: str) -> tuple[RecordedEvent, ...] | None:
         """Return all events of a stream; None where they are not kept."""
         kept = self._streams.get(task_id)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
@@ -67,9 +68,16 @@ class Scope:
             found.append(tasks.c.task_id.in_(self.task_ids))
         return found
 
+    def has(self, fold: TaskFold, asked: Submitted) -> bool:
+        """Return whether a task is of the scope."""
+        return (
+            (self.platforms is None or fold.state.platform in self.platforms)
+            and (self.batch is None or asked.task.get("batch") == self.batch)
+            and (self.task_ids is None or fold.task_id in self.task_ids)
+        )
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+
+class Claimed(NamedTuple):
     """A task that a worker owns from now on.
 
     Attributes:
@@ -96,6 +104,8 @@ def claim(
 ) -> list[Claimed]:
     """Take up to ``limit`` due tasks, by priority, then age: two workers can't get the same one.
 
+    Also those that are submitted in the very same transaction, if that was before.
+
     Args:
         tx: The transaction.
         worker: Who takes them.
@@ -103,8 +113,12 @@ def claim(
         scope: Which ones.
         models: Platform -> the model to use where a task names none.
     """
-    folds = _folds(tx, _due_tasks(tx, scope, limit))
-    asked = _submitted(tx, folds.values())
+    due = _due_tasks(tx, scope, limit)
+    fresh = _due_at_once(tx, scope)
+    if fresh:  # they are younger, so those that are equal stay in order
+        due = sorted([*due, *((task_id, fresh[task_id][0]) for task_id in fresh)], key=_priority)
+    folds = _folds(tx, [task_id for task_id, _priority in due[:limit]])
+    asked = _submitted(tx, folds.values(), {one: fresh[one][1] for one in fresh})
     claimed: list[Claimed] = []
     for task_id, fold in folds.items():
         before = fold.state
@@ -119,13 +133,28 @@ def claim(
             mode=before.next_mode,
         )
         tx.append(task_id, (started,), before.version)
-        claimed.append(Claimed(task_id, fold.state, asked[fold.stream_id], output, before))
+        claimed.append(Claimed(task_id, fold.state, asked[task_id], output, before))
     if claimed:
         beat(tx, worker)  # who owns something is never without a row that says it is alive
     return claimed
 
 
-def _due_tasks(tx: Transaction, scope: Scope, limit: int) -> list[str]:
+def _priority(due: tuple[str, int]) -> int:
+    _task_id, priority = due
+    return priority
+
+
+def _due_at_once(tx: Transaction, scope: Scope) -> dict[str, tuple[int, Submitted]]:
+    """Return what was submitted in this very transaction: task -> priority and first event."""
+    return {
+        fold.task_id: (asked.task.get("priority", 5), asked)
+        for fold, asked in tx.begun()
+        if fold.state.status is TaskStatus.PENDING and scope.has(fold, asked)
+    }
+
+
+def _due_tasks(tx: Transaction, scope: Scope, limit: int) -> list[tuple[str, int]]:
+    """Return what was submitted before: task and priority, in the order of being served."""
     given: dict[sa.Column[Any], str | Collection[str]] = {}
     if scope.batch is not None:
         given[tasks.c.batch] = scope.batch
@@ -134,7 +163,7 @@ def _due_tasks(tx: Transaction, scope: Scope, limit: int) -> list[str]:
     if scope.task_ids is not None:
         given[tasks.c.task_id] = scope.task_ids
     rows = _due(tuple(given)).rows(tx.connection, tx.at, limit, *given.values())
-    return [task_id for (task_id,) in rows]
+    return [(task_id, priority) for task_id, priority in rows]
 
 
 @cache
@@ -150,7 +179,7 @@ def _due(restricted: tuple[sa.Column[Any], ...]) -> Statement:
         for column in restricted
     )
     return Statement(
-        sa.select(tasks.c.task_id)
+        sa.select(tasks.c.task_id, tasks.c.priority)
         .where(
             tasks.c.status == sa.literal_column("'pending'"),  # so that its index can be used
             tasks.c.available_at <= sa.bindparam("now", type_=tasks.c.available_at.type),
@@ -179,21 +208,27 @@ def _folds(tx: Transaction, task_ids: Sequence[str]) -> dict[str, TaskFold]:
     return {task_id: fold for task_id, fold in found.items() if fold is not None}
 
 
-def _submitted(tx: Transaction, folds: Iterable[TaskFold]) -> dict[int, Submitted]:
-    """Return the first events of these streams, by stream."""
-    found: dict[int, Submitted] = {}
-    stream_ids: list[int] = []
+def _submitted(
+    tx: Transaction,
+    folds: Iterable[TaskFold],
+    known: Mapping[str, Submitted] = MappingProxyType({}),
+) -> dict[str, Submitted]:
+    """Return the first events of these streams, of which some are known."""
+    found: dict[str, Submitted] = {}
+    unknown: dict[int, str] = {}
     for fold in folds:
-        if fold.asked is not None:
-            found[fold.stream_id] = fold.asked
+        first = known.get(fold.task_id, fold.asked)
+        if first is not None:
+            found[fold.task_id] = first
         else:
-            stream_ids.append(fold.stream_id)
+            unknown[fold.stream_id] = fold.task_id
+    stream_ids = list(unknown)
     for begin in range(0, len(stream_ids), IN_LIMIT):
         part = stream_ids[begin : begin + IN_LIMIT]
         for stream_id, type_, schema_version, data in _FIRST_EVENTS.rows(tx.connection, part):
             event = decode(type_, schema_version, data)
             if isinstance(event, Submitted):
-                found[stream_id] = event
+                found[unknown[stream_id]] = event
     return found
 
 
@@ -392,7 +427,7 @@ def recover(
     for task_id, fold in folds.items():
         if fold.state.status is not TaskStatus.RUNNING or fold.state.worker != lost:
             continue  # changed in this very transaction, whose rows come last
-        constraints: dict[str, Any] = asked[fold.stream_id].task.get("constraints") or {}
+        constraints: dict[str, Any] = asked[task_id].task.get("constraints") or {}
         tx.append(task_id, decide(fold.state, constraints), fold.version)
     if not owned:
         forget_worker(tx, lost)

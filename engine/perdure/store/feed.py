@@ -8,11 +8,10 @@ Everything here runs on the event loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -24,10 +23,9 @@ from perdure.store.database import Database
 from perdure.store.projection import TaskFold
 from perdure.store.schema import events, log_head, streams
 
-__all__ = ["Feed", "recorded"]
+__all__ = ["Ending", "Feed", "recorded"]
 
 Listener = Callable[[RecordedEvent], None]
-Ending: TypeAlias = Ended | None
 
 PAGE: Final = 500
 # A reader that is so far behind fetches from the database again instead of being kept events for.
@@ -76,7 +74,7 @@ class Feed:
         self._stale = False
         self._unheard = False  # others committed something while nobody listened
         self._failed: PerdureError | None = None
-        self._readers: set[_Reader | _Ending] = set()
+        self._readers: set[_Reader | Ending] = set()
         self.on_active: Callable[[], None] = lambda: None
 
     @property
@@ -96,12 +94,14 @@ class Feed:
         """
         return task_id in self._begun
 
+    def has_begun(self, task_id: str) -> bool:
+        """Return whether a stream was seen to go on after its first event; False if not known."""
+        return self._begun.goes_on(task_id)
+
     # -- listening -------------------------------------------------------------------------------
 
-    def listen(
-        self, task_id: str, listener: Listener, *, since: int | None = None
-    ) -> Callable[[], None]:
-        """Call ``listener`` for the stream's events from now on; returns how to stop it.
+    def listen(self, task_id: str, listener: Listener, *, since: int | None = None) -> None:
+        """Call ``listener`` for the stream's events from now on, until `stop_listening`.
 
         It may be told of an event twice, and of some that are older than the call.
 
@@ -112,20 +112,23 @@ class Feed:
                 be missed; default: the present one.
         """
         first = not self._listeners
-        self._listeners.setdefault(task_id, []).append(listener)
+        listeners = self._listeners.get(task_id)
+        if listeners is None:
+            self._listeners[task_id] = [listener]
+        else:
+            listeners.append(listener)
         if first:
             self.on_active()
         if since is not None:
             self._make_up(task_id, listener, since)
 
-        def stop() -> None:
-            listeners = self._listeners.get(task_id, [])
-            if listener in listeners:
-                listeners.remove(listener)
-            if not listeners:
-                self._listeners.pop(task_id, None)
-
-        return stop
+    def stop_listening(self, task_id: str, listener: Listener) -> None:
+        """Call ``listener`` no more; without effect where it isn't called."""
+        listeners = self._listeners.get(task_id, [])
+        if listener in listeners:
+            listeners.remove(listener)
+        if not listeners:
+            self._listeners.pop(task_id, None)
 
     def _make_up(self, task_id: str, listener: Listener, since: int) -> None:
         """Tell the owner of a task what has passed by here since it was claimed."""
@@ -151,7 +154,7 @@ class Feed:
         if self._failed is not None:
             reader.fail(self._failed)  # what is there can be read; nothing more will come
         self._readers.add(reader)
-        stop = self.listen(task_id, reader.receive)
+        self.listen(task_id, reader.receive)
         begun = self._begun.events(task_id)
         try:
             while True:
@@ -176,27 +179,26 @@ class Feed:
                     if new.event.ends_task:
                         return
         finally:
-            stop()
+            self.stop_listening(task_id, reader.receive)
             self._readers.discard(reader)
 
-    @contextlib.contextmanager
-    def ending(self, task_id: str) -> Generator[asyncio.Future[Ending], None, None]:
-        """Give what is done when the task ends from now on; look first whether it has ended.
-
-        What it comes to is all that there is to know of it, where that is at hand, else None.
-        The future raises `EngineClosed` when the engine is closed before.
-        """
-        ending = _Ending(self._begun)
+    def ending(self, task_id: str) -> Ending:
+        """Return what waits for a task to end from now on; look first whether it has ended."""
+        ending = Ending(self, task_id)
         if self._failed is not None:
             ending.fail(self._failed)
         self._readers.add(ending)
-        stop = self.listen(task_id, ending.receive)
-        try:
-            yield ending.future
-        finally:
-            stop()
-            self._readers.discard(ending)
-            ending.future.cancel()
+        self.listen(task_id, ending.receive)
+        return ending
+
+    def forget_ending(self, ending: Ending) -> None:
+        """Tell it no more."""
+        self.stop_listening(ending.task_id, ending.receive)
+        self._readers.discard(ending)
+
+    def ended(self, task_id: str) -> Ended | None:
+        """Return what there is to know of a task whose end was published last, if it is kept."""
+        return self._begun.ended(task_id)
 
     async def _replay(
         self, task_id: str, after: int, begun: tuple[RecordedEvent, ...] | None
@@ -338,21 +340,47 @@ async def _between(
     return [recorded(row) for row in rows.mappings() if row["task_id"] in names]
 
 
-class _Ending:
-    """Somebody who wants to know of nothing but the end."""
+class Ending:
+    """Somebody who wants to know of nothing but the end of a task.
 
-    def __init__(self, begun: Begun) -> None:
-        self.future: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
-        self._begun = begun
+    Attributes:
+        task_id: The task.
+    """
+
+    __slots__ = ("_feed", "_future", "task_id")
+
+    def __init__(self, feed: Feed, task_id: str) -> None:
+        self.task_id = task_id
+        self._feed = feed
+        self._future: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
+
+    async def wait(self, timeout: float | None) -> Ended | None:
+        """Wait for the end; returns all that there is to know, where that is at hand.
+
+        Raises:
+            EngineClosed: The engine was closed before.
+            TimeoutError: It hasn't ended in so many seconds.
+        """
+        if timeout is None:
+            return await self._future
+        async with asyncio.timeout(timeout):
+            return await self._future
+
+    def stop(self) -> None:
+        """Don't wait any longer."""
+        self._feed.forget_ending(self)
+        self._future.cancel()
 
     def receive(self, event: RecordedEvent) -> None:
-        if event.event.ends_task and not self.future.done():
-            self.future.set_result(self._begun.ended(event.task_id))
+        """Take what happened."""
+        if event.event.ends_task and not self._future.done():
+            self._future.set_result(self._feed.ended(event.task_id))
 
     def fail(self, error: PerdureError) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-            self.future.exception()  # nobody need be waiting for it
+        """Take the news that nothing will be heard any more."""
+        if not self._future.done():
+            self._future.set_exception(error)
+            self._future.exception()  # nobody need be waiting for it
 
 
 class _Reader:

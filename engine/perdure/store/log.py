@@ -49,7 +49,20 @@ class _Request(Generic[T]):
     work: Work[T]
     streams: Sequence[str]
     alone: bool
+    late: bool
     future: asyncio.Future[tuple[T, int]]
+
+
+@dataclass(slots=True, eq=False)
+class _Append:
+    """The work of an append."""
+
+    task_id: str
+    events: Sequence[Event]
+    expected: int | None
+
+    def __call__(self, transaction: Transaction) -> int:
+        return transaction.append(self.task_id, self.events, self.expected)
 
 
 _Reply = tuple[_Request[Any], Any, PerdureError | BaseException | None]
@@ -132,8 +145,9 @@ class EventLog:
             InvalidTransition: The events can't follow.
             StoreError: The database can't do it; nothing was written.
         """
-        streams = (task_id,) if expected != 0 else ()
-        return await self.write(lambda tx: tx.append(task_id, events, expected), streams)
+        work: Work[int] = _Append(task_id, events, expected)
+        version, _position = await self._put(work, (task_id,) if expected != 0 else ())
+        return version
 
     async def write(self, work: Work[T], streams: Sequence[str] = (), *, alone: bool = False) -> T:
         """Do ``work`` in the writer's next transaction and return its result after the commit.
@@ -145,20 +159,32 @@ class EventLog:
                 up in one go.
             alone: Give it a transaction of its own, for work that takes long.
         """
-        result, _position = await self.write_at(work, streams, alone=alone)
+        result, _position = await self._put(work, streams, alone=alone)
         return result
 
-    async def write_at(
-        self, work: Work[T], streams: Sequence[str] = (), *, alone: bool = False
-    ) -> tuple[T, int]:
-        """Do as `write` and return the log's head after that commit as well."""
+    async def write_last(self, work: Work[T]) -> tuple[T, int]:
+        """Do as `write`, after all else that is in the same transaction.
+
+        Returns:
+            What ``work`` has returned, and the log's head after the commit.
+        """
+        return await self._put(work, late=True)
+
+    def _put(
+        self,
+        work: Work[T],
+        streams: Sequence[str] = (),
+        *,
+        alone: bool = False,
+        late: bool = False,
+    ) -> asyncio.Future[tuple[T, int]]:
         if self._broken is not None:
             raise self._broken
         if self._closed or self._loop is None:
             raise EngineClosed("the log is closed: nothing can be written any more")
         future: asyncio.Future[tuple[T, int]] = self._loop.create_future()
-        self._queue.put(_Request(work, streams, alone, future))
-        return await future
+        self._queue.put(_Request(work, streams, alone, late, future))
+        return future
 
     async def close(self) -> None:
         """Write what is waiting, then close the connection and end all readers."""
@@ -350,7 +376,8 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
                     cache.distrust()
                 done = _Done(Transaction(connection, cache, writer.now(), careful=careful), [])
                 done.transaction.prefetch(_all_streams(batch))
-                done.replies = [_attempt(request, done.transaction) for request in batch]
+                done.replies = [_attempt(one, done.transaction) for one in batch if not one.late]
+                done.replies += [_attempt(one, done.transaction) for one in batch if one.late]
                 done.head, done.written = done.transaction.flush()
                 return done
         except BaseException as error:  # noqa: BLE001 - every caller is told
@@ -411,4 +438,4 @@ def _nothing(_transaction: Transaction) -> None:
 _LEAVES_WORK: Final = (Submitted, Interrupted, AttemptFailed)
 
 # Wakes the writer thread so that it begins to look for others' commits.
-_NUDGE: Final[_Request[Any]] = _Request(_nothing, (), alone=False, future=None)  # type: ignore[arg-type]
+_NUDGE: Final[_Request[Any]] = _Request(_nothing, (), False, False, future=None)  # type: ignore[arg-type]

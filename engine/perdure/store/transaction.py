@@ -229,8 +229,13 @@ class Transaction:
     def prefetch(self, task_ids: Iterable[str]) -> None:
         """Look up (and on PostgreSQL lock) these streams in one go, in an order all agree on."""
         trusted = self._cache.trusted
+        known, seen = self._folds, self._versions
         wanted = sorted(
-            {one for one in task_ids if trusted(one) is None and one not in self._versions}
+            {
+                one
+                for one in task_ids
+                if one not in known and one not in seen and trusted(one) is None
+            }
         )
         for part in chunks_of(wanted):
             self._versions.update(dict.fromkeys(part))
@@ -322,6 +327,14 @@ class Transaction:
         if not staged.row_changed:  # a chunk changes no row: it only moves its stream on
             staged.row_changed = any(type(event) is not Chunk for event in new)
         return fold.version
+
+    def begun(self) -> Iterator[tuple[TaskFold, Submitted]]:
+        """Yield the streams that have begun in this transaction, in order."""
+        for staged in self._staged.values():
+            if staged.new:
+                first, _stored = staged.events[0]
+                if type(first) is Submitted:
+                    yield staged.fold, first
 
     def known_keys(self, keys: Iterable[str]) -> dict[str, str]:
         """Return key -> task id, for those keys that some task has."""
