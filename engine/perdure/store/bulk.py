@@ -9,7 +9,7 @@ column's type, and one statement takes many of them (see `direct`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 import sqlalchemy as sa
@@ -25,6 +25,8 @@ MOST_PARAMETERS: Final = 8192
 # characters on, twice as many take the server far more than twice as long.
 MOST_AS_JSON: Final = 1000
 MOST_BYTES_AS_JSON: Final = 4_000_000
+# In so many ways can columns be without any value; further ones are made anew each time.
+MOST_FORMS: Final = 100
 
 
 def plain_rows(
@@ -111,25 +113,59 @@ class _OnSqlite:
     ) -> None:
         self.processors = processors_of([c.type for c in columns], dialect, binding=True)
         self.most = MOST_PARAMETERS // len(columns)
-        self._group = f"({', '.join('?' * len(columns))})"
-        names = [column.name for column in columns]
-        if key is None:
-            self._begin = f"INSERT INTO {table.name} ({', '.join(names)}) VALUES "
-            self._end = ""
-        else:
-            given = {name: f"given.column{number}" for number, name in enumerate(names, 1)}
-            changes = ", ".join(f"{name} = {given[name]}" for name in names if name != key)
-            self._begin = f"UPDATE {table.name} SET {changes} FROM (VALUES "
-            self._end = f") AS given WHERE {table.name}.{key} = {given[key]}"
+        self._table = table.name
+        self._names = [column.name for column in columns]
+        self._key = key
+        self._forms: dict[tuple[int, ...], _Form] = {}
 
     def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
+        # The driver takes longer for a NULL than for anything else, and most columns hold one.
+        given = tuple(
+            [
+                index
+                for index, values in enumerate(zip(*rows, strict=True))
+                if values.count(None) < len(rows)
+            ]
+        )
+        form = self._forms.get(given)
+        if form is None:
+            form = self._form(given)
+            if len(self._forms) < MOST_FORMS:
+                self._forms[given] = form
         begin = 0
         while begin < len(rows):  # in powers of two, so that there are few statements to prepare
             size = 1 << (len(rows) - begin).bit_length() - 1
-            sql = f"{self._begin}{', '.join([self._group] * size)}{self._end}"
             part = rows[begin : begin + size]
-            execute(connection, sql, [value for row in part for value in row])
+            parameters = [row[index] for row in part for index in given]
+            execute(connection, form.sql(size), parameters)
             begin += size
+
+    def _form(self, given: Sequence[int]) -> _Form:
+        """Return the statement where all other columns are NULL in all rows."""
+        group = f"({', '.join('?' * len(given))})"
+        names = [self._names[index] for index in given]
+        if self._key is None:
+            return _Form(f"INSERT INTO {self._table} ({', '.join(names)}) VALUES ", group, "")
+        values = {name: f"given.column{number}" for number, name in enumerate(names, 1)}
+        changes = ", ".join(
+            f"{name} = {values.get(name, 'NULL')}" for name in self._names if name != self._key
+        )
+        return _Form(
+            f"UPDATE {self._table} SET {changes} FROM (VALUES ",
+            group,
+            f") AS given WHERE {self._table}.{self._key} = {values[self._key]}",
+        )
+
+
+class _Form(NamedTuple):
+    """A statement for any number of rows."""
+
+    begin: str
+    group: str
+    end: str
+
+    def sql(self, rows: int) -> str:
+        return f"{self.begin}{', '.join([self.group] * rows)}{self.end}"
 
 
 class _OnPostgresql:
@@ -160,8 +196,17 @@ class _OnPostgresql:
         self._names = tuple(f"{name}" for name in given)  # orjson wants no subclass of str
 
     def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
-        names = self._names
-        data = orjson.dumps([dict(zip(names, row, strict=True)) for row in rows], default=_hexed)
+        # What isn't named is NULL, as most columns are.
+        given = [
+            (name, index)
+            for index, (name, values) in enumerate(
+                zip(self._names, zip(*rows, strict=True), strict=True)
+            )
+            if values.count(None) < len(rows)
+        ]
+        data = orjson.dumps(
+            [{name: row[index] for name, index in given} for row in rows], default=_hexed
+        )
         if len(data) <= MOST_BYTES_AS_JSON or len(rows) == 1:
             execute(connection, self._sql, (data.decode(),))
             return
