@@ -235,15 +235,14 @@ def _chunk(state: TaskState, event: Chunk, at: datetime) -> TaskState:
         raise InvalidTransition(
             f"a chunk of {event.kind} at {event.offset} can't follow {length} characters"
         )
-    return _changed(
-        state,
-        version=state.version + 1,
-        lengths={
-            **state.lengths,
-            event.kind: length + (len(event.text) if event.length is None else event.length),
-        },
-        cursor=event.cursor or state.cursor,
-    )
+    values: list[Any] = list(state)  # not by `_changed`, for most of all events are chunks
+    values[_VERSION] += 1
+    values[_LENGTHS] = {
+        **state.lengths,
+        event.kind: length + (len(event.text) if event.length is None else event.length),
+    }
+    values[_CURSOR] = event.cursor or state.cursor
+    return _new(TaskState, values)
 
 
 def _usage(state: TaskState, event: UsageReported, at: datetime) -> TaskState:
@@ -425,6 +424,7 @@ _new: Final = cast(
     tuple.__new__,  # pyright: ignore[reportUnknownMemberType]
 )
 _INDEX: Final = {name: index for index, name in enumerate(TaskState._fields)}
+_VERSION, _LENGTHS, _CURSOR = _INDEX["version"], _INDEX["lengths"], _INDEX["cursor"]
 
 
 def _known(usage: Usage) -> Usage | None:

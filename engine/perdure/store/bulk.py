@@ -9,6 +9,7 @@ column's type, and one statement takes many of them (see `direct`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -136,7 +137,11 @@ class _OnSqlite:
         while begin < len(rows):  # in powers of two, so that there are few statements to prepare
             size = 1 << (len(rows) - begin).bit_length() - 1
             part = rows[begin : begin + size]
-            parameters = [row[index] for row in part for index in given]
+            parameters = (
+                [row[index] for row in part for index in given]
+                if len(given) < len(self._names)
+                else list(chain.from_iterable(part))
+            )
             execute(connection, form.sql(size), parameters)
             begin += size
 

@@ -49,8 +49,7 @@ class _Request(Generic[T]):
     work: Work[T]
     streams: Sequence[str]
     alone: bool
-    late: bool
-    future: asyncio.Future[tuple[T, int]]
+    future: asyncio.Future[T]
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +62,21 @@ class _Append:
 
     def __call__(self, transaction: Transaction) -> int:
         return transaction.append(self.task_id, self.events, self.expected)
+
+
+class _Late(Generic[T]):
+    """Work that is done after all else that is in the same transaction.
+
+    Attributes:
+        head: The log's head after the commit.
+    """
+
+    def __init__(self, work: Work[T]) -> None:
+        self._work = work
+        self.head = 0
+
+    def __call__(self, transaction: Transaction) -> T:
+        return self._work(transaction)
 
 
 _Reply = tuple[_Request[Any], Any, PerdureError | BaseException | None]
@@ -130,8 +144,10 @@ class EventLog:
         if news.work:
             self._on_work()
 
-    async def append(self, task_id: str, events: Sequence[Event], expected: int | None) -> int:
-        """Append events to a stream and return its new version, once they are committed.
+    def append(
+        self, task_id: str, events: Sequence[Event], expected: int | None
+    ) -> asyncio.Future[int]:
+        """Append events to a stream; comes to its new version, once they are committed.
 
         Args:
             task_id: The stream.
@@ -145,12 +161,14 @@ class EventLog:
             InvalidTransition: The events can't follow.
             StoreError: The database can't do it; nothing was written.
         """
-        work: Work[int] = _Append(task_id, events, expected)
-        version, _position = await self._put(work, (task_id,) if expected != 0 else ())
-        return version
+        return self._put(
+            _Append(task_id, events, expected), (task_id,) if expected != 0 else (), False
+        )
 
-    async def write(self, work: Work[T], streams: Sequence[str] = (), *, alone: bool = False) -> T:
-        """Do ``work`` in the writer's next transaction and return its result after the commit.
+    def write(
+        self, work: Work[T], streams: Sequence[str] = (), *, alone: bool = False
+    ) -> asyncio.Future[T]:
+        """Do ``work`` in the writer's next transaction; comes to its result, after the commit.
 
         Args:
             work: Called in the writer thread. It may fail with a `PerdureError` as long as it has
@@ -159,31 +177,24 @@ class EventLog:
                 up in one go.
             alone: Give it a transaction of its own, for work that takes long.
         """
-        result, _position = await self._put(work, streams, alone=alone)
-        return result
+        return self._put(work, streams, alone)
 
     async def write_last(self, work: Work[T]) -> tuple[T, int]:
         """Do as `write`, after all else that is in the same transaction.
 
         Returns:
-            What ``work`` has returned, and the log's head after the commit.
+            What ``work`` has returned, and the position of the last event in that transaction.
         """
-        return await self._put(work, late=True)
+        late = _Late(work)
+        return await self._put(late, (), False), late.head
 
-    def _put(
-        self,
-        work: Work[T],
-        streams: Sequence[str] = (),
-        *,
-        alone: bool = False,
-        late: bool = False,
-    ) -> asyncio.Future[tuple[T, int]]:
+    def _put(self, work: Work[T], streams: Sequence[str], alone: bool) -> asyncio.Future[T]:
         if self._broken is not None:
             raise self._broken
         if self._closed or self._loop is None:
             raise EngineClosed("the log is closed: nothing can be written any more")
-        future: asyncio.Future[tuple[T, int]] = self._loop.create_future()
-        self._queue.put(_Request(work, streams, alone, late, future))
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._queue.put(_Request(work, streams, alone, future))
         return future
 
     async def close(self) -> None:
@@ -349,8 +360,8 @@ class EventLog:
         for request, result, error in replies:
             if error is not None:
                 _fail(request.future, error)
-            else:
-                _succeed(request.future, (result, head))
+            elif not request.future.done():
+                request.future.set_result(result)
 
 
 @dataclass(slots=True)
@@ -376,9 +387,13 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
                     cache.distrust()
                 done = _Done(Transaction(connection, cache, writer.now(), careful=careful), [])
                 done.transaction.prefetch(_all_streams(batch))
-                done.replies = [_attempt(one, done.transaction) for one in batch if not one.late]
-                done.replies += [_attempt(one, done.transaction) for one in batch if one.late]
+                late = [one.work for one in batch if isinstance(one.work, _Late)]
+                if late:
+                    batch = sorted(batch, key=_is_late)
+                done.replies = [_attempt(request, done.transaction) for request in batch]
                 done.head, done.written = done.transaction.flush()
+                for work in late:
+                    work.head = done.head
                 return done
         except BaseException as error:  # noqa: BLE001 - every caller is told
             if done is not None:
@@ -392,6 +407,10 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
             if writer.settle(error, mark, since) and done is not None:
                 return done
             cache.clear()
+
+
+def _is_late(request: _Request[Any]) -> bool:
+    return isinstance(request.work, _Late)
 
 
 def _attempt(request: _Request[Any], transaction: Transaction) -> _Reply:
@@ -438,4 +457,4 @@ def _nothing(_transaction: Transaction) -> None:
 _LEAVES_WORK: Final = (Submitted, Interrupted, AttemptFailed)
 
 # Wakes the writer thread so that it begins to look for others' commits.
-_NUDGE: Final[_Request[Any]] = _Request(_nothing, (), False, False, future=None)  # type: ignore[arg-type]
+_NUDGE: Final[_Request[Any]] = _Request(_nothing, (), False, future=None)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ A row is a function of the task's events and of nothing else, so it can be throw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -160,13 +160,12 @@ class TaskFold:
         """The calls that the model asked for, as a JSON array; None where there are none."""
         return _tool_calls("".join(self._calls)) if self._calls else None
 
-    def apply(self, events: Iterable[Event], at: datetime) -> None:
+    def apply(self, events: Sequence[Event], at: datetime) -> None:
         """Fold in what was recorded at ``at``, all of it or, on an error, nothing.
 
         Raises:
             InvalidTransition: One of the events can't follow.
         """
-        events = tuple(events)
         state = self._state
         for event in events:
             state = evolve(state, event, at)

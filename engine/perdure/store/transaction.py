@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
 from typing import Any, Final
@@ -29,14 +29,14 @@ from perdure.errors import (
 from perdure.events import (
     Archived,
     Chunk,
-    EncodedEvent,
     Event,
     RecordedEvent,
     Submitted,
     chain_link,
     decode,
     decode_text,
-    encode,
+    encode_data,
+    link_tail,
     micros_of,
 )
 from perdure.store.bulk import Bulk
@@ -183,11 +183,9 @@ class FoldCache:
 class _Staged:
     fold: TaskFold
     first_version: int
-    events: list[tuple[Event, EncodedEvent]] = field(
-        default_factory=list[tuple[Event, EncodedEvent]]
-    )
-    new: bool = False
-    row_changed: bool = False
+    events: list[tuple[Event, bytes]]
+    new: bool
+    row_changed: bool
 
 
 class Transaction:
@@ -312,27 +310,32 @@ class Transaction:
             return actual
         if fold is None:
             fold = TaskFold(task_id)
-        encoded = [(event, encode(event)) for event in new]
+        encoded: list[tuple[Event, bytes]] = []
+        changes_row = False  # a chunk changes no row: it only moves its stream on
+        for event in new:
+            encoded.append((event, encode_data(event)))
+            if type(event) is not Chunk:
+                changes_row = True
         fold.apply(new, self.at)
-        first, stored = encoded[0]
+        first, data = encoded[0]
         if type(first) is Submitted:  # after the fold: what is refused claims no key
             self._claim_key(first.task.get("key"), task_id)
-            if len(stored.data) <= KEPT_BYTES:
+            if len(data) <= KEPT_BYTES:
                 fold.asked = first
         staged = self._staged.get(task_id)
         if staged is None:
-            staged = self._staged[task_id] = _Staged(fold, actual + 1, new=actual == 0)
+            self._staged[task_id] = _Staged(fold, actual + 1, encoded, actual == 0, changes_row)
             self._folds[task_id] = fold
-        staged.events.extend(encoded)
-        if not staged.row_changed:  # a chunk changes no row: it only moves its stream on
-            staged.row_changed = any(type(event) is not Chunk for event in new)
+        else:
+            staged.events += encoded
+            staged.row_changed = staged.row_changed or changes_row
         return fold.version
 
     def begun(self) -> Iterator[tuple[TaskFold, Submitted]]:
         """Yield the streams that have begun in this transaction, in order."""
         for staged in self._staged.values():
             if staged.new:
-                first, _stored = staged.events[0]
+                first, _data = staged.events[0]
                 if type(first) is Submitted:
                     yield staged.fold, first
 
@@ -395,12 +398,11 @@ class Transaction:
                 stream_rows.append((fold.stream_id, task_id, fold.version))
             stream_id = fold.stream_id
             version = staged.first_version
-            for event, (type_, schema, data) in staged.events:
+            for event, data in staged.events:
                 position += 1
-                hashed = sha256(data).digest()
-                digest = chain_link(
-                    digest, position, task_id, version, type_, schema, micros, hashed
-                )
+                type_, schema = event.type, event.schema_version
+                tail = link_tail(type_, schema, micros)
+                digest = chain_link(digest, position, task_id, version, tail, sha256(data).digest())
                 text = data.decode()
                 event_rows.append(
                     (position, stream_id, version, type_, schema, text, moment, digest)

@@ -12,7 +12,15 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from perdure.errors import PerdureError
-from perdure.events import EVENT_TYPES, Archived, Redacted, chain_link, decode, micros_of
+from perdure.events import (
+    EVENT_TYPES,
+    Archived,
+    Redacted,
+    chain_link,
+    decode,
+    link_tail,
+    micros_of,
+)
 from perdure.store import scanning
 from perdure.store.content import blob_digests, digest_of
 from perdure.store.gaps import Gap, each_gap
@@ -183,9 +191,8 @@ class _Walk:
             self._at, self._micros = at, micros_of(moment_of(at))
         redacted = b'"redacted":' in data
         data_digest = self._original_digest(row, data) if redacted else sha256(data).digest()
-        digest = chain_link(
-            previous, position, task_id, number, type_, schema_version, self._micros, data_digest
-        )
+        tail = link_tail(type_, schema_version, self._micros)
+        digest = chain_link(previous, position, task_id, number, tail, data_digest)
         if digest != stored:
             report.problem(f"{_where(row)}: the event, or what stands before it, was changed")
         if type_ == "submitted" and (b'"blobs":{"' in data or b'"files":' in data):
