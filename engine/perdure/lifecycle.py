@@ -15,7 +15,7 @@ again, so what is in the log can always be folded. What may follow what::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, cast
@@ -168,27 +168,16 @@ def evolve(state: TaskState | None, event: Event, at: datetime) -> TaskState:
     return step(state, event, at)
 
 
-def extend(state: TaskState, pieces: Sequence[tuple[int, str]]) -> TaskState:
-    """Return the state after chunks of text, one a piece, as `evolve` does one by one.
-
-    In one step, since they are most of all events, and a state is a large thing to make anew.
+def extend(state: TaskState, chunks: int, length: int) -> TaskState:
+    """Return the state after chunks of text that can follow, as `evolve` does one by one.
 
     Args:
-        state: The state before.
-        pieces: Offset and text of each.
-
-    Raises:
-        InvalidTransition: One of them can't follow what was before.
+        state: The state before, of a running task.
+        chunks: How many.
+        length: Characters of output after them.
     """
-    if state.status not in _RUNNING:
-        raise InvalidTransition(f"'chunk' can't follow: the task is {state.status}")
-    length = state.length()
-    for offset, text in pieces:
-        if offset != length:
-            raise InvalidTransition(f"a chunk of text at {offset} can't follow {length} characters")
-        length += len(text)
     lengths = {**state.lengths, "text": length}
-    return _changed(state, version=state.version + len(pieces), lengths=lengths)
+    return _changed(state, version=state.version + chunks, lengths=lengths)
 
 
 def _running(state: TaskState, event: Running, at: datetime) -> TaskState:

@@ -31,7 +31,8 @@ from perdure.events import (
     Submitted,
     UsageReported,
 )
-from perdure.lifecycle import TaskState, evolve, extend
+from perdure.lifecycle import TaskState, evolve
+from perdure.store.projection import TaskFold
 from perdure.task import TaskStatus, Usage
 
 T0 = datetime(2026, 11, 22, 13, 0, tzinfo=UTC)
@@ -454,32 +455,42 @@ class TestAttempts:
 
 
 @given(
-    before=st.sampled_from(["pending", "running", "with text", "completed"]),
+    before=st.sampled_from(["nothing", "pending", "running", "with text", "completed"]),
     pieces=st.lists(st.tuples(st.integers(-1, 1), st.text(max_size=4)), min_size=1, max_size=5),
+    looks=st.booleans(),
 )
-def test_chunks_of_text_can_be_taken_all_at_once(
-    before: str, pieces: list[tuple[int, str]]
+def test_chunks_of_text_are_counted(
+    before: str, pieces: list[tuple[int, str]], looks: bool
 ) -> None:
-    """What comes of it, or that they can't follow, is as with one after the other."""
-    events: list[Event] = [submitted()]
-    if before != "pending":
+    """A fold that only counts them comes to the same state and text, and takes no others."""
+    events: list[Event] = [] if before == "nothing" else [submitted()]
+    if before not in ("nothing", "pending"):
         events.append(running())
     if before == "with text":
         events += [Chunk(text="hm", kind="reasoning"), Chunk(text="so")]
     if before == "completed":
         events.append(Completed())
-    state = fold(events)
-    length = state.length()
-    told: list[tuple[int, str]] = []
-    for slip, text in pieces:
-        told.append((length + slip, text))
-        length += len(text)
-    try:
-        expected = state
-        for offset, text in told:
-            expected = evolve(expected, Chunk.model_construct(text=text, offset=offset), T0)
-    except InvalidTransition:
-        with pytest.raises(InvalidTransition):
-            extend(state, told)
-    else:
-        assert extend(state, told) == expected
+    state: TaskState | None = None
+    counting = TaskFold("task", 1)
+    for event in events:
+        state = evolve(state, event, T0)
+        counting.apply_one(event, T0)
+    length = 0 if state is None else state.length()
+    text = counting.text
+    for slip, piece in pieces:
+        try:
+            state = evolve(state, Chunk.model_construct(text=piece, offset=length + slip), T0)
+        except InvalidTransition:
+            assert not counting.apply_text(length + slip, piece)
+            with pytest.raises(InvalidTransition):
+                counting.apply((Chunk.model_construct(text=piece, offset=length + slip),), T0)
+        else:
+            assert counting.apply_text(length + slip, piece)
+            length += len(piece)
+            text += piece
+        assert counting.version == (0 if state is None else state.version)
+        if looks and state is not None:
+            assert counting.state == state
+    assert counting.text == text
+    if state is not None:
+        assert counting.state == state

@@ -490,12 +490,13 @@ class TestMeanwhile:
         redacted = asyncio.Event()
         loop = asyncio.get_running_loop()
 
+        async def change() -> None:
+            await store.log.write(lambda tx: redact(tx, "two", "me", None))
+
         def later(file: Path, after: int) -> Any:
             found = read(file, after)
             if not redacted.is_set():
-                asyncio.run_coroutine_threadsafe(
-                    store.log.write(lambda tx: redact(tx, "two", "me", None)), loop
-                ).result()
+                asyncio.run_coroutine_threadsafe(change(), loop).result()
                 loop.call_soon_threadsafe(redacted.set)
             return found
 

@@ -89,9 +89,7 @@ class TestGroupCommit:
                 store.log.append("good_2", [submitted()], 0),
                 store.log.append("moved", [Chunk(text="x")], 2),
             ]
-            waiting = [asyncio.create_task(attempt) for attempt in attempts]
-            await asyncio.sleep(0)
-        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        outcomes = await asyncio.gather(*attempts, return_exceptions=True)
 
         assert [type(outcome) for outcome in outcomes] == [
             ConcurrencyError, int, ConcurrencyError, int, int,
@@ -103,9 +101,9 @@ class TestGroupCommit:
         await store.start("task")
         with held(store):
             waiting = [
-                asyncio.create_task(store.log.append("task", [Chunk(text="ab")], 2)),
-                asyncio.create_task(store.log.append("task", [Chunk(text="c", offset=2)], 3)),
-                asyncio.create_task(store.log.append("task", [Chunk(text="d", offset=2)], 3)),
+                asyncio.ensure_future(store.log.append("task", [Chunk(text="ab")], 2)),
+                asyncio.ensure_future(store.log.append("task", [Chunk(text="c", offset=2)], 3)),
+                asyncio.ensure_future(store.log.append("task", [Chunk(text="d", offset=2)], 3)),
             ]
             await asyncio.sleep(0)
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)
@@ -122,7 +120,7 @@ class TestGroupCommit:
         with held(store):
             waiting = [
                 asyncio.create_task(store.submit("before")),
-                asyncio.create_task(store.log.write(broken)),
+                asyncio.ensure_future(store.log.write(broken)),
                 asyncio.create_task(store.submit("after")),
             ]
             await asyncio.sleep(0)
@@ -163,7 +161,7 @@ class TestGroupCommit:
         """Work that takes long has a transaction of its own."""
         with held(store):
             waiting = [
-                asyncio.create_task(store.log.write(lambda tx: tx, alone=alone))
+                asyncio.ensure_future(store.log.write(lambda tx: tx, alone=alone))
                 for alone in (False, True, False)
             ]
             await asyncio.sleep(0)
@@ -254,7 +252,7 @@ class TestRefused:
         await store.start("task")
         with held(store):
             waiting = [
-                asyncio.create_task(store.log.append("task", events, 2))
+                asyncio.ensure_future(store.log.append("task", events, 2))
                 for events in (
                     [Chunk(text="abc"), Chunk(text="gap", offset=9)],
                     [Chunk(text="ab")],
@@ -307,7 +305,7 @@ class TestKeys:
         nowhere = Submitted(task={"prompt": "x", "key": "row 1"}, platforms=())
         with held(store):
             waiting = [
-                asyncio.create_task(store.log.append("bad", [nowhere], 0)),
+                asyncio.ensure_future(store.log.append("bad", [nowhere], 0)),
                 asyncio.create_task(store.submit("good", key="row 1")),
             ]
             await asyncio.sleep(0)

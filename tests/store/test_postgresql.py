@@ -365,7 +365,7 @@ class TestSharing:
                     time.sleep(1.5)
 
             reached = asyncio.Event()
-            dawdling = asyncio.create_task(slow.log.write(dawdle))
+            dawdling = asyncio.ensure_future(slow.log.write(dawdle))
             await asyncio.sleep(0.1)
             began = time.monotonic()
             assert await asyncio.wait_for(other.submit("other"), PATIENCE) == 1

@@ -488,9 +488,7 @@ class TestDamage:
         async with opened(database_url) as store:
             for number in range(20):
                 await store.start(f"t{number}")
-            work = [
-                asyncio.create_task(store.log.append(f"t{n}", [Completed()], 2)) for n in range(20)
-            ]
+            work = [store.log.append(f"t{n}", [Completed()], 2) for n in range(20)]
             report = await store.log.write(lambda tx: rebuild(tx.connection), alone=True)
             await asyncio.gather(*work)
             again = await store.log.write(lambda tx: rebuild(tx.connection), alone=True)

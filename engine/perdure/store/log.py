@@ -305,7 +305,7 @@ class EventLog:
                 writer.erase()
         ended: dict[str, TaskFold] = {}
         for fold in done.transaction.touched:
-            if fold.state.status.ended:  # nobody will append to it
+            if fold.ended:  # nobody will append to it
                 cache.drop((fold.task_id,))
                 ended[fold.task_id] = fold
             else:

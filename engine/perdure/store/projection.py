@@ -28,6 +28,10 @@ from perdure.text import check_json
 __all__ = ["ChangingColumns", "TaskFold", "TaskRow"]
 
 
+# So many pieces of text are kept one by one.
+MOST_PIECES: Final = 1000
+
+
 class TaskRow(NamedTuple):
     """A row of `tasks`: what its columns hold, in their order, but for the time as a moment."""
 
@@ -125,27 +129,43 @@ class TaskFold:
         asked: Its first event, where somebody thought that worth keeping.
     """
 
-    __slots__ = ("_calls", "_fixed", "_state", "_text", "asked", "stream_id", "task_id")
+    __slots__ = (
+        *("_calls", "_chunks", "_fixed", "_joined", "_length", "_state", "_text"),
+        *("asked", "stream_id", "task_id"),
+    )
 
     def __init__(self, task_id: str, stream_id: int = 0) -> None:
         self.task_id = task_id
         self.stream_id = stream_id
         self.asked: Submitted | None = None
         self._state: TaskState | None = None
+        # Chunks of text that the state doesn't have yet, and the length of the output with them:
+        # most of all events are such, and a state is a large thing to make anew for each.
+        self._chunks = 0
+        self._length = 0
         self._text: list[str] = []
+        self._joined = 0  # so many of them are no single pieces any more, which take memory
         self._calls: list[str] = []
         self._fixed: _FixedColumns | None = None
 
     @property
     def version(self) -> int:
         """The version folded so far; 0 for none."""
-        return 0 if self._state is None else self._state.version
+        return 0 if self._state is None else self._state.version + self._chunks
+
+    @property
+    def ended(self) -> bool:
+        """Whether the task has ended; there must have been a first event."""
+        return self._state is not None and self._state.status.ended
 
     @property
     def state(self) -> TaskState:
         """Where the task stands; there must have been a first event."""
         if self._state is None:
             raise LookupError(f"nothing of {self.task_id} was folded yet")
+        if self._chunks:
+            self._state = extend(self._state, self._chunks, self._length)
+            self._chunks = 0
         return self._state
 
     @property
@@ -153,6 +173,7 @@ class TaskFold:
         """The output so far."""
         if len(self._text) > 1:
             self._text = ["".join(self._text)]
+            self._joined = 1
         return self._text[0] if self._text else ""
 
     @property
@@ -166,21 +187,15 @@ class TaskFold:
         Raises:
             InvalidTransition: One of the events can't follow.
         """
-        state = self._state
+        if len(events) == 1:
+            self.apply_one(events[0], at)
+            return
+        state = None if self._state is None else self.state
         for event in events:
             state = evolve(state, event, at)
         self._state = state
         for event in events:
             self._keep(event)
-
-    def apply_text(self, pieces: Sequence[tuple[int, str]]) -> None:
-        """Fold in chunks of text, offset and text of each: all of them or, on an error, nothing.
-
-        Raises:
-            InvalidTransition: One of them can't follow.
-        """
-        self._state = extend(self.state, pieces)
-        self._text.append("".join([text for _offset, text in pieces]))
 
     def apply_one(self, event: Event, at: datetime) -> None:
         """Fold in one event that was recorded at ``at``.
@@ -188,24 +203,55 @@ class TaskFold:
         Raises:
             InvalidTransition: It can't follow.
         """
-        self._state = evolve(self._state, event, at)
+        if (
+            type(event) is Chunk
+            and event.kind == "text"
+            and event.cursor is None
+            and event.length is None
+            and self.apply_text(event.offset, event.text)
+        ):
+            return
+        self._state = evolve(None if self._state is None else self.state, event, at)
         self._keep(event)
+
+    def apply_text(self, offset: int, text: str) -> bool:
+        """Fold in a chunk that is text and no more; returns whether it could follow."""
+        state = self._state
+        if state is None or state.status is not TaskStatus.RUNNING:
+            return False
+        length = self._length if self._chunks else state.length()
+        if offset != length:
+            return False
+        self._length = length + len(text)
+        self._chunks += 1
+        self._add_text(text)
+        return True
+
+    def _add_text(self, text: str) -> None:
+        self._text.append(text)
+        if len(self._text) - self._joined > MOST_PIECES:
+            self._text[self._joined :] = ["".join(self._text[self._joined :])]
+            self._joined += 1
+
+    def _forget_text(self) -> None:
+        self._text.clear()
+        self._joined = 0
 
     def _keep(self, event: Event) -> None:
         # Not by `isinstance`, which for pydantic's models is a call in Python wherever it says no.
         if type(event) is Chunk:
             if event.kind == "text":
-                self._text.append(event.text)
+                self._add_text(event.text)
             elif event.kind == "tool_call":
                 self._calls.append(event.text)
         elif type(event) is Running:
             if event.mode == "restart":
-                self._text.clear()
+                self._forget_text()
                 self._calls.clear()
         elif type(event) is Submitted:
             self._fixed = _fixed_columns(event)
         elif type(event) is Redacted or type(event) is Archived:
-            self._text.clear()
+            self._forget_text()
             self._calls.clear()
             if type(event) is Archived:
                 self._fixed = _fixed_columns_left(event.row)

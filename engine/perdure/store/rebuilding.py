@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from perdure.errors import DatabaseCorrupt, InvalidTransition
-from perdure.events import Archived, Chunk, Event, decode, decode_text
+from perdure.events import Archived, Event, decode, decode_text
 from perdure.store import scanning
 from perdure.store.bulk import Bulk, plain_rows
 from perdure.store.dialect import take_time
@@ -184,14 +184,11 @@ def _fold(connection: Connection, found: Sequence[tuple[Any, ...]]) -> dict[int,
         .order_by(events.c.stream_id, events.c.version),
     )
     fold: TaskFold | None = None
-    text: list[tuple[int, str]] = []  # chunks that follow each other, not yet folded
     expected = 1
     moment: datetime = NO_MOMENT
     moment_as_stored: object = None
     for stream_id, version, type_, schema_version, data, recorded_at in rows:
         if fold is None or stream_id != fold.stream_id:
-            if fold is not None:
-                _take_text(fold, text, moment)
             fold = folds.get(stream_id)
             if fold is None:
                 raise DatabaseCorrupt(
@@ -208,34 +205,16 @@ def _fold(connection: Connection, found: Sequence[tuple[Any, ...]]) -> dict[int,
                 f"{fold.task_id} version {version} can't be folded: run `perdure verify`"
             )
         expected += 1
-        gathers = type_ == "chunk" and version > 1 and len(text) < scanning.PAGE
-        piece = decode_text(schema_version, data) if gathers else None
-        if piece is not None:
-            text.append(piece)
+        piece = decode_text(schema_version, data) if type_ == "chunk" else None
+        if piece is not None and fold.apply_text(*piece):
             continue
-        if text:
-            _take_text(fold, text, moment)
         _take(fold, decode(type_, schema_version, data), moment)
         if fold.version != version:
             raise DatabaseCorrupt(
                 f"{fold.task_id} version {version} should be version {fold.version}: "
                 "run `perdure verify`"
             )
-    if fold is not None:
-        _take_text(fold, text, moment)
     return folds
-
-
-def _take_text(fold: TaskFold, text: list[tuple[int, str]], at: datetime) -> None:
-    """Fold in the chunks that have gathered, and forget them."""
-    if not text:
-        return
-    try:
-        fold.apply_text(text)
-    except InvalidTransition:
-        for offset, piece in text:  # one by one, to say which it is
-            _take(fold, Chunk(text=piece, offset=offset), at)
-    text.clear()
 
 
 def _take(fold: TaskFold, event: Event, at: datetime) -> None:

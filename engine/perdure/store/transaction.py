@@ -226,16 +226,15 @@ class Transaction:
 
     def prefetch(self, task_ids: Iterable[str]) -> None:
         """Look up (and on PostgreSQL lock) these streams in one go, in an order all agree on."""
-        trusted = self._cache.trusted
-        known, seen = self._folds, self._versions
-        wanted = sorted(
-            {
-                one
-                for one in task_ids
-                if one not in known and one not in seen and trusted(one) is None
-            }
-        )
-        for part in chunks_of(wanted):
+        wanted: set[str] = set()
+        for task_id in task_ids:
+            if task_id not in self._folds and task_id not in self._versions:
+                fold = self._cache.trusted(task_id)
+                if fold is None:
+                    wanted.add(task_id)
+                else:
+                    self._folds[task_id] = fold
+        for part in chunks_of(sorted(wanted)):
             self._versions.update(dict.fromkeys(part))
             for task_id, stream_id, version in _FIND_STREAMS.rows(self.connection, part):
                 self._versions[task_id] = (stream_id, version)
@@ -475,20 +474,13 @@ class Transaction:
 
 
 def _folded(fold: TaskFold, rows: Iterable[Sequence[Any]]) -> TaskFold:
-    """Return the fold after these events, of which chunks of text are taken in together."""
-    text: list[tuple[int, str]] = []
+    """Return the fold after these events."""
     for version, type_, schema_version, data, recorded_at in rows:
         piece = decode_text(schema_version, data) if type_ == Chunk.type else None
-        if piece is not None:
-            text.append(piece)
+        if piece is not None and fold.apply_text(*piece):
             continue
-        if text:
-            fold.apply_text(text)
-            text.clear()
         if type_ == Archived.type and version != fold.version + 1:
             # What the fold would go on with is in an archive: it begins anew.
             fold = TaskFold(fold.task_id, fold.stream_id)
         fold.apply_one(decode(type_, schema_version, data), recorded_at)
-    if text:
-        fold.apply_text(text)
     return fold
