@@ -10,8 +10,8 @@ import json
 import sys
 from collections.abc import Iterator
 
-from benchmarks.cases.tasks import OneChunk
 from benchmarks.machine import peak_mb
+from benchmarks.tasking import OneChunk
 from perdure import Engine
 from perdure.batch import Intake
 from perdure.batch.reading import RawRow

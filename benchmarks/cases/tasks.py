@@ -1,27 +1,24 @@
 """Tasks end to end, 200 at a time: submitted, running, one chunk, completed, all durable.
 
-A client submits a task and awaits its result, then the next one; 200 clients at once. The bare
-rival awaits the same four events of each task in turn, one group commit after the other, and knows
-nothing of tasks.
+A client submits a task and awaits its result, then the next one; 200 clients at once. Ours and
+each peer run in a process of their own, warmed up by one task. The bare rival awaits the same four
+events of each task in turn, one group commit after the other, and knows nothing of tasks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from benchmarks.bare import BareLog, event_row
 from benchmarks.logs import finished_task
 from benchmarks.measuring import Row, Target, samples
 from benchmarks.peers import peer_subjects
 from benchmarks.session import Session
-from perdure import Engine, Task
-from perdure.adapter import Call, Capabilities
-from perdure.events import Chunk, Completed, Event, encode
-from perdure.worker import WorkerSettings
+from benchmarks.tasking import clients
+from perdure.events import encode
 
 AT_ONCE: Final = 200
 OURS, ON_SERVER = "perdure", "perdure, PostgreSQL"
@@ -36,33 +33,13 @@ TARGETS: Final = {
 }
 
 
-class OneChunk:
-    """A platform that answers at once, with one chunk."""
-
-    platform = "bench"
-    capabilities = Capabilities()
-    default_model = None
-    prices = None
-
-    async def run(self, call: Call) -> AsyncGenerator[Event, None]:
-        """Answer."""
-        yield Chunk(text="Sales rose by four per cent.")
-        yield Completed(finish_reason="stop")
-
-    async def stop(self, response_id: str) -> None:
-        """Do nothing: there is nothing to stop."""
-
-    async def close(self) -> None:
-        """Do nothing: nothing is held."""
-
-
 def measure(session: Session) -> Sequence[Row]:
     """Measure tasks a second."""
     at_once = session.size(AT_ONCE, 10)
     count = session.size(3000, 20)
     subjects = {
-        OURS: lambda: asyncio.run(_ours(session.database(), count, at_once)),
-        ON_SERVER: lambda: asyncio.run(_ours(session.on_server(), count, at_once)),
+        OURS: lambda: _ours(session, session.database(), count, at_once),
+        ON_SERVER: lambda: _ours(session, session.on_server(), count, at_once),
         "bare sqlite3, four awaited events": lambda: asyncio.run(_bare(session, count, at_once)),
     }
     peers = peer_subjects(session, "tasks", session.size(600, 10), at_once)
@@ -85,16 +62,8 @@ def measure(session: Session) -> Sequence[Row]:
     return rows
 
 
-async def _ours(database: Path | str, count: int, at_once: int) -> float:
-    settings = WorkerSettings(concurrency=at_once)
-    async with Engine.open(database, adapters=[OneChunk()], settings=settings) as engine:
-
-        async def one(number: int) -> None:
-            task_id = await engine.submit_task(Task(prompt=f"Question {number}", platform="bench"))
-            result = await engine.get_result(task_id)
-            assert result.success
-
-        return await _rate(count, at_once, one)
+def _ours(session: Session, database: Path | str, count: int, at_once: int) -> float:
+    return float(session.run_child("tasking", database, count, at_once)["a_second"])
 
 
 async def _bare(session: Session, count: int, at_once: int) -> float:
@@ -106,16 +75,4 @@ async def _bare(session: Session, count: int, at_once: int) -> float:
             for version, (type_, data) in enumerate(stored, 1):
                 await log.append(event_row(number + 1, version, data, type_))
 
-        return await _rate(count, at_once, one)
-
-
-async def _rate(count: int, at_once: int, one: Callable[[int], Coroutine[Any, Any, None]]) -> float:
-    numbers = iter(range(count))
-
-    async def client() -> None:
-        for number in numbers:
-            await one(number)
-
-    began = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(at_once)))
-    return count / (time.perf_counter() - began)
+        return await clients(count, at_once, one)
