@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -376,12 +376,12 @@ class Attempt:
         def back(state: TaskState) -> Sequence[Event]:
             return after_interruption(state, constraints, policy=self._retry, handed_back=True)
 
-        async def now() -> None:
+        try:
             await self._append()
             async with self._appending:
                 await self._look_again()  # for what there is to go on from
-
-        await self._guard(now())
+        except (StoreError, EngineClosed) as error:
+            self._failure = error
         await self._end(back)
 
     async def _stop_platform(self) -> None:
@@ -478,14 +478,11 @@ class Attempt:
             await self._stop_platform()
 
     async def _end(self, decide: Callable[[TaskState], Sequence[Event]]) -> bool:
-        return bool(await self._guard(self._append_decided(decide, ending=True)))
-
-    async def _guard(self, writing: Coroutine[Any, Any, bool | None]) -> bool | None:
         try:
-            return await writing
+            return await self._append_decided(decide, ending=True)
         except (StoreError, EngineClosed) as error:
             self._failure = error
-            return None
+            return False
 
     def _spent(self) -> Spent:
         named = self._accepted.model if self._accepted is not None else None

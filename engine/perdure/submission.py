@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import mimetypes
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from perdure.errors import ConcurrencyError, DuplicateKey, InvalidTask
 from perdure.events import Submitted
@@ -21,8 +20,7 @@ __all__ = ["Prepared", "Submission", "prepare", "submit"]
 MAX_FILE: Final = 32 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A task that is ready to be written down.
 
     Attributes:
@@ -40,8 +38,7 @@ class Prepared:
     carried: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
+class Submission(NamedTuple):
     """What became of a task that was handed in.
 
     Attributes:

@@ -32,7 +32,7 @@ def separate(task: Task) -> tuple[dict[str, Any], dict[str, str], dict[str, byte
     The prompt, or the last message where there are messages, stays: it is what differs from task
     to task, and what people search for.
     """
-    plain = task.model_dump(mode="json", exclude_defaults=True, exclude={"task_id"})
+    plain = _plain(task)
     places: dict[str, str] = {}
     content: dict[str, bytes] = {}
     for place, holder, key in _shared_texts(plain):
@@ -42,6 +42,14 @@ def separate(task: Task) -> tuple[dict[str, Any], dict[str, str], dict[str, byte
             content[places[place]] = data
             holder[key] = ""
     return plain, places, content
+
+
+def _plain(task: Task) -> dict[str, Any]:
+    """Return a task as JSON, without its id and what it says nothing of."""
+    if task.model_fields_set <= _SCALARS:  # as most are; then it takes a fifth of the time
+        given = ((name, getattr(task, name)) for name in task.model_fields_set - {"task_id"})
+        return {name: value for name, value in given if value != getattr(_PATTERN, name)}
+    return task.model_dump(mode="json", exclude_defaults=True, exclude={"task_id"})
 
 
 def restore(
@@ -74,11 +82,12 @@ def restore(
 
 # Fields whose stored form is their value: text, numbers, and objects of nothing else.
 _OBJECTS: Final = ("context", "metadata", "labels", "options")
-_AS_IT_IS: Final = frozenset(
+_SCALARS: Final = frozenset(
     {"prompt", "system", "platform", "priority", "task_id", "batch", "key", "fingerprint"}
-    | {"retry_of", "continue_from", *_OBJECTS}
+    | {"retry_of", "continue_from"}
 )
-_PATTERN: Final = Task(prompt="-")
+_AS_IT_IS: Final = _SCALARS | {*_OBJECTS}
+_PATTERN: Final = Task(prompt="-").model_copy(update={"prompt": ""})
 
 
 def blob_digests(plain: Mapping[str, Any], places: Mapping[str, str]) -> set[str]:

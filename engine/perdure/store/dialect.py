@@ -64,11 +64,13 @@ class Writer(ABC):
         connection: The connection to write with.
         committing: Whether the last transaction has come as far as its commit.
         races: Whether others can write between a look and the write that follows from it.
+        tells: Whether others have to be told of commits.
     """
 
     connection: Connection
     committing: bool = False
     races: ClassVar[bool] = False
+    tells: ClassVar[bool] = False
 
     @abstractmethod
     def translated(self) -> AbstractContextManager[None]:

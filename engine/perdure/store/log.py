@@ -21,7 +21,7 @@ from typing import Any, Final, Generic, TypeVar
 from sqlalchemy.exc import IntegrityError
 
 from perdure.errors import DatabaseCorrupt, EngineClosed, PerdureError, StoreError
-from perdure.events import AttemptFailed, Event, Interrupted, RecordedEvent, Submitted
+from perdure.events import AttemptFailed, Event, Interrupted, RecordedEvent, Running, Submitted
 from perdure.store.database import Database, Writer
 from perdure.store.dialect import News
 from perdure.store.feed import Feed
@@ -100,7 +100,7 @@ class EventLog:
         self._on_work: Callable[[], None] = lambda: None
         self._closed = False
         self._broken: StoreError | None = None
-        self._untold: list[RecordedEvent] = []
+        self._untold: bool | None = None  # what others are to be told: whether there is work
 
     async def open(self) -> None:
         """Start the writer thread.
@@ -245,7 +245,9 @@ class EventLog:
                 # A failing checkpoint is tried again; the commit before it is durable all the same.
                 with contextlib.suppress(StoreError):
                     writer.checkpoint_if_due()
-            if self._untold and (self._queue.empty() or time.monotonic() > told + TELL_SECONDS):
+            if self._untold is not None and (
+                self._queue.empty() or time.monotonic() > told + TELL_SECONDS
+            ):
                 told = time.monotonic()
                 self._tell(writer)
             now = time.monotonic()
@@ -260,8 +262,7 @@ class EventLog:
 
     def _tell(self, writer: Writer) -> None:
         """Tell other processes what was committed since they were last told."""
-        work = any(type(recorded.event) in _LEAVES_WORK for recorded in self._untold)
-        self._untold.clear()
+        work, self._untold = bool(self._untold), None
         # They look for themselves from time to time, and the next transaction mends the connection.
         with contextlib.suppress(StoreError):
             writer.announce(work=work)
@@ -284,12 +285,12 @@ class EventLog:
             return batch, True
 
     def _commit(self, writer: Writer, cache: FoldCache, batch: list[_Request[Any]]) -> None:
-        together = [request for request in batch if not request.alone]
+        alone = [request for request in batch if request.alone]
+        together = [request for request in batch if not request.alone] if alone else batch
         if together:
             self._commit_together(writer, cache, together)
-        for request in batch:
-            if request.alone:
-                self._commit_together(writer, cache, [request])
+        for request in alone:
+            self._commit_together(writer, cache, [request])
 
     def _commit_together(
         self, writer: Writer, cache: FoldCache, batch: list[_Request[Any]]
@@ -310,7 +311,8 @@ class EventLog:
                 ended[fold.task_id] = fold
             else:
                 cache.put(fold)
-        self._untold.extend(done.written)
+        if done.written and writer.tells:
+            self._untold = bool(self._untold) or _leaves_work(done.written)
         self._call(self._deliver, done.replies, done.written, ended, done.head)
 
     def _give_up(
@@ -454,7 +456,20 @@ def _nothing(_transaction: Transaction) -> None:
 
 
 # After these a task may be claimed.
-_LEAVES_WORK: Final = (Submitted, Interrupted, AttemptFailed)
+_FOR_WORKERS: Final = (Submitted, Interrupted, AttemptFailed)
+
+
+def _leaves_work(written: Iterable[RecordedEvent]) -> bool:
+    """Return whether there may be something to claim that wasn't claimed in the same commit."""
+    left: set[str] = set()
+    for recorded in written:
+        kind = type(recorded.event)
+        if kind in _FOR_WORKERS:
+            left.add(recorded.task_id)
+        elif kind is Running:
+            left.discard(recorded.task_id)
+    return bool(left)
+
 
 # Wakes the writer thread so that it begins to look for others' commits.
 _NUDGE: Final[_Request[Any]] = _Request(_nothing, (), False, future=None)  # type: ignore[arg-type]

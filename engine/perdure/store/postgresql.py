@@ -226,6 +226,7 @@ class PostgresqlWriter(Writer):
     """The connection that writes."""
 
     races = True
+    tells = True
 
     def __init__(self, dialect: Postgresql, engine: Engine) -> None:
         self._dialect = dialect
