@@ -132,8 +132,8 @@ async def _rate(producers: int, each: int, append: Callable[[int, int], Awaitabl
 class _Unchained(Transaction):
     """Inserts events and moves the head on, and does nothing else that a transaction does."""
 
-    def __init__(self, *arguments: Any) -> None:  # noqa: ANN401 - as they are
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - as they are
+        super().__init__(*arguments, **named)
         self._plain: list[tuple[str, int, str, int, str]] = []
 
     def append(self, task_id: str, new: Sequence[Event], expected: int | None) -> int:

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial, partialmethod
@@ -191,9 +191,13 @@ class TwoEngines(RuleBasedStateMachine):
         self.runner.close()
         self.patch.undo()
 
-    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+    def run(self, work: Awaitable[Any]) -> Any:
         """Run to the end of ``work``."""
-        return self.runner.run(work)
+
+        async def whole() -> Any:
+            return await work
+
+        return self.runner.run(whole())
 
     def open(self) -> Engine:
         """Open another engine on the file; it does nothing by itself."""
