@@ -44,7 +44,7 @@ class Gathering:
 
     def add(self, event: Event) -> None:
         """Take what came next; a chunk without text only moves the cursor on."""
-        if type(event) is not Chunk:
+        if not isinstance(event, Chunk):
             self._parts.append(event)
             return
         self._cursor = event.cursor or self._cursor

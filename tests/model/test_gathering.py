@@ -65,3 +65,16 @@ def test_the_cursor_goes_with_the_last_piece(take_between: bool) -> None:
         ("a", None),
         ("b", "7"),
     ]
+
+
+def test_a_chunk_of_an_adapters_own_kind() -> None:
+    """What is derived from a chunk is one: it gets its place, and becomes a plain one."""
+
+    class Marked(Chunk):
+        pass
+
+    gathering = Gathering({}, "", keep=False)
+    gathering.add(Chunk(text="a"))
+    gathering.add(Marked(text="b"))
+    (chunk,) = gathering.take()
+    assert (type(chunk), chunk) == (Chunk, Chunk(text="ab"))

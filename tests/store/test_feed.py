@@ -269,7 +269,8 @@ async def test_joining_while_news_are_fetched(database_url: str) -> None:
         async with asyncio.timeout(PATIENCE):
             while await heard.get() != 3:  # all there was before has been fetched then
                 pass
-        await asyncio.sleep(0)
+            while (fetching := here.log.feed._fetching) is not None:
+                await asyncio.wait({fetching})  # else it may look before it is held
         with gate(here) as (came, go):
             # The ending of "new" is committed before the look, and asked for after it.
             await there.log.append("new", [Completed()], 2)
@@ -460,3 +461,23 @@ async def test_no_wake_up_is_lost(database_url: str) -> None:
             assert all(found.result() == list(range(1, last + 1)) for found in reading)
 
         await asyncio.gather(*(one(number) for number in range(40)))
+
+
+async def test_an_owner_whose_cancellation_was_pushed_out(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept for owners has room for a few; who asks for more is told by the database."""
+    monkeypatch.setattr(feed_module, "MOST_FOR_OWNERS", 3)
+    async with opened(database_url) as store:
+        for name in ("first", *(f"task_{number}" for number in range(5))):
+            await store.start(name)
+        await store.log.append("first", [Chunk(text="x")], 2)
+        claimed_at = store.log.feed._seen
+        await store.log.append("first", [CancelRequested(by="me")], None)
+        for number in range(5):
+            await store.log.append(f"task_{number}", [CancelRequested(by="me")], None)
+        heard: asyncio.Queue[int] = asyncio.Queue()
+        stop = listen(store, "first", lambda e: heard.put_nowait(e.version), since=claimed_at)
+        async with asyncio.timeout(PATIENCE):
+            assert await heard.get() == 4
+        stop()

@@ -352,6 +352,26 @@ class TestSubmitting:
         assert isinstance(outcomes[1], InvalidTask)
         assert outcomes[2].new
 
+    @pytest.mark.parametrize("crowded", [False, True])
+    async def test_the_same_task_again(self, store: Store, crowded: bool) -> None:
+        """An id that is taken is the error, though its key is too, whatever else is written."""
+        await store.submit("mine", key="k")
+        await store.submit("taken")
+        with held(store):
+            again = store.log.write(lambda tx: submit(tx, [self.prepare(task_id="mine", key="k")]))
+            other = store.log.append("taken" if crowded else "free", [submitted()], 0)
+        (outcome,) = await again
+        assert isinstance(outcome, InvalidTask)
+        (found,) = await asyncio.gather(other, return_exceptions=True)
+        assert isinstance(found, ConcurrencyError) if crowded else found == 1
+
+    async def test_an_expected_beginning(self, store: Store) -> None:
+        """Who expects a new stream is told of the version it is at, whatever it would append."""
+        await store.submit("task")
+        for events in ([running()], [submitted()], []):
+            with pytest.raises(ConcurrencyError):
+                await store.log.append("task", events, 0)
+
     async def test_known_keys(self, store: Store) -> None:
         """A task whose key is known is not written again; the answer is the task that has it."""
         ready = [self.prepare(key="k", task_id="first"), self.prepare(key="k")]

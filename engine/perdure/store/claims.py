@@ -149,7 +149,9 @@ def _due_at_once(tx: Transaction, scope: Scope) -> dict[str, tuple[int, Submitte
     return {
         fold.task_id: (asked.task.get("priority", 5), asked)
         for fold, asked in tx.begun()
-        if fold.state.status is TaskStatus.PENDING and scope.has(fold, asked)
+        if fold.state.status is TaskStatus.PENDING
+        and fold.state.available_at <= tx.at
+        and scope.has(fold, asked)
     }
 
 

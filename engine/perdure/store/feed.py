@@ -275,7 +275,8 @@ class Feed:
 
     def _keep_for_owner(self, event: RecordedEvent) -> None:
         if len(self._for_owners) == MOST_FOR_OWNERS and self._for_owners_since is not None:
-            self._for_owners_since = self._for_owners[0].position
+            gone = self._for_owners[0].position
+            self._for_owners_since = max(self._for_owners_since, gone)
         self._for_owners.append(event)
 
     def _forget(self) -> None:
@@ -298,6 +299,7 @@ class Feed:
                 self._stale = self._unheard = False
                 wanted = tuple(self._listeners)
                 if not wanted:
+                    self._unheard = True
                     break
                 since = self._seen
                 head, fresh = await self._database.read(

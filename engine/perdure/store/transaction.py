@@ -300,7 +300,8 @@ class Transaction:
             DuplicateKey: Another task has the new task's key.
             InvalidTransition: The events can't follow.
         """
-        hoped_for = expected == 0 and not self._careful
+        # Where the database is sure to notice: it has the name of each stream but once.
+        hoped_for = not self._careful and expected == 0 and new and type(new[0]) is Submitted
         fold = self._folds.get(task_id) if hoped_for else self.fold(task_id)
         actual = 0 if fold is None else fold.version
         if expected is not None and actual != expected:
@@ -318,7 +319,13 @@ class Transaction:
         fold.apply(new, self.at)
         first, data = encoded[0]
         if type(first) is Submitted:  # after the fold: what is refused claims no key
-            self._claim_key(first.task.get("key"), task_id)
+            try:
+                self._claim_key(first.task.get("key"), task_id)
+            except DuplicateKey:
+                there = self.fold(task_id) if hoped_for else None
+                if there is None:
+                    raise
+                raise ConcurrencyError(task_id, 0, there.version) from None
             if len(data) <= KEPT_BYTES:
                 fold.asked = first
         staged = self._staged.get(task_id)
