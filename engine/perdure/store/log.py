@@ -64,18 +64,18 @@ class _Append:
         return transaction.append(self.task_id, self.events, self.expected)
 
 
-class _Late(Generic[T]):
+class _Late:
     """Work that is done after all else that is in the same transaction.
 
     Attributes:
         head: The log's head after the commit.
     """
 
-    def __init__(self, work: Work[T]) -> None:
+    def __init__(self, work: Work[Any]) -> None:
         self._work = work
         self.head = 0
 
-    def __call__(self, transaction: Transaction) -> T:
+    def __call__(self, transaction: Transaction) -> Any:  # noqa: ANN401 - as the work does
         return self._work(transaction)
 
 
@@ -389,9 +389,9 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
                     cache.distrust()
                 done = _Done(Transaction(connection, cache, writer.now(), careful=careful), [])
                 done.transaction.prefetch(_all_streams(batch))
-                late = [one.work for one in batch if isinstance(one.work, _Late)]
+                late = [work for one in batch if (work := _late_work(one)) is not None]
                 if late:
-                    batch = sorted(batch, key=_is_late)
+                    batch = sorted(batch, key=lambda one: _late_work(one) is not None)
                 done.replies = [_attempt(request, done.transaction) for request in batch]
                 done.head, done.written = done.transaction.flush()
                 for work in late:
@@ -411,8 +411,8 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
             cache.clear()
 
 
-def _is_late(request: _Request[Any]) -> bool:
-    return isinstance(request.work, _Late)
+def _late_work(request: _Request[Any]) -> _Late | None:
+    return request.work if isinstance(request.work, _Late) else None
 
 
 def _attempt(request: _Request[Any], transaction: Transaction) -> _Reply:
