@@ -31,9 +31,11 @@ from perdure.events import (
 from perdure.store import sqlite as sqlite_module
 from perdure.store.content import separate
 from perdure.store.database import Database
+from perdure.store.projection import ChangingColumns, TaskRow
 from perdure.store.rebuilding import compare, rebuild
 from perdure.store.records import Records, read_events
 from perdure.store.redaction import redact
+from perdure.store.schema import tasks
 from perdure.store.verification import verify
 from perdure.task import Message, Task, TaskConstraints, Usage
 from store.backends import AllBackends, Backend, Rows, opened, running, submitted, tell_all, write
@@ -566,3 +568,9 @@ class TestReading:
         """End the task."""
         async with opened(url) as store:
             await store.log.append("task", [Completed(output_length=length)], version)
+
+
+def test_rows_have_the_columns_of_the_table() -> None:
+    """A row as the fold makes it is named and ordered as the table is."""
+    assert TaskRow._fields == tuple(tasks.c.keys())
+    assert set(ChangingColumns._fields) < set(TaskRow._fields)
