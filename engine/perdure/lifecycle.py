@@ -176,8 +176,10 @@ def extend(state: TaskState, chunks: int, length: int) -> TaskState:
         chunks: How many.
         length: Characters of output after them.
     """
-    lengths = {**state.lengths, "text": length}
-    return _changed(state, version=state.version + chunks, lengths=lengths)
+    values: list[Any] = list(state)
+    values[_AT.version] += chunks
+    values[_AT.lengths] = {**state.lengths, "text": length}
+    return _new(TaskState, values)
 
 
 def _running(state: TaskState, event: Running, at: datetime) -> TaskState:
@@ -188,24 +190,23 @@ def _running(state: TaskState, event: Running, at: datetime) -> TaskState:
     same_call = event.mode == "reattach"
     if same_call and (state.accepted is None or not state.accepted.reattachable):
         raise InvalidTransition("there is nothing to re-attach to")
-    return _changed(
-        state,
-        version=state.version + 1,
-        status=TaskStatus.RUNNING,
-        attempt=event.attempt,
-        worker=event.worker,
-        platform=event.platform,
-        model=event.model,
-        # A call that is picked up again keeps its name, its cursor and its count of tokens.
-        accepted=state.accepted if same_call else None,
-        cursor=state.cursor if same_call else None,
-        usage=state.usage if same_call else None,
-        earlier_usage=state.earlier_usage if same_call else _known(state.total_usage),
-        lengths=_NOTHING if event.mode == "restart" else state.lengths,
-        files=() if event.mode == "restart" else state.files,
-        repairing=False,
-        started_at=state.started_at or at,
-    )
+    values: list[Any] = list(state)  # not by `_changed`, for every task begins like this
+    values[_AT.version] += 1
+    values[_AT.status] = TaskStatus.RUNNING
+    values[_AT.attempt] = event.attempt
+    values[_AT.worker] = event.worker
+    values[_AT.platform] = event.platform
+    values[_AT.model] = event.model
+    values[_AT.repairing] = False
+    if not same_call:  # a call that is picked up again keeps its name, its cursor and its count
+        values[_AT.accepted] = values[_AT.cursor] = values[_AT.usage] = None
+        values[_AT.earlier_usage] = _known(state.total_usage)
+    if event.mode == "restart":
+        values[_AT.lengths] = _NOTHING
+        values[_AT.files] = ()
+    if state.started_at is None:
+        values[_AT.started_at] = at
+    return _new(TaskState, values)
 
 
 def _accepted(state: TaskState, event: Accepted, at: datetime) -> TaskState:
@@ -225,12 +226,12 @@ def _chunk(state: TaskState, event: Chunk, at: datetime) -> TaskState:
             f"a chunk of {event.kind} at {event.offset} can't follow {length} characters"
         )
     values: list[Any] = list(state)  # not by `_changed`, for most of all events are chunks
-    values[_VERSION] += 1
-    values[_LENGTHS] = {
+    values[_AT.version] += 1
+    values[_AT.lengths] = {
         **state.lengths,
         event.kind: length + (len(event.text) if event.length is None else event.length),
     }
-    values[_CURSOR] = event.cursor or state.cursor
+    values[_AT.cursor] = event.cursor or state.cursor
     return _new(TaskState, values)
 
 
@@ -305,14 +306,13 @@ def _completed(state: TaskState, event: Completed, at: datetime) -> TaskState:
         raise InvalidTransition(
             f"'completed' with {event.output_length} characters can't follow {state.length()}"
         )
-    return _changed(
-        state,
-        **_ended(state, event.usage, event.cost_usd, at),
-        status=TaskStatus.COMPLETED,
-        finish_reason=event.finish_reason,
-        error_class=None,
-        error=None,
-    )
+    values: list[Any] = list(state)  # not by `_changed`, for most tasks end like this
+    for name, value in _ended(state, event.usage, event.cost_usd, at).items():
+        values[_INDEX[name]] = value
+    values[_AT.status] = TaskStatus.COMPLETED
+    values[_AT.finish_reason] = event.finish_reason
+    values[_AT.error_class] = values[_AT.error] = None
+    return _new(TaskState, values)
 
 
 def _failed(state: TaskState, event: Failed, at: datetime) -> TaskState:
@@ -413,7 +413,7 @@ _new: Final = cast(
     tuple.__new__,  # pyright: ignore[reportUnknownMemberType]
 )
 _INDEX: Final = {name: index for index, name in enumerate(TaskState._fields)}
-_VERSION, _LENGTHS, _CURSOR = _INDEX["version"], _INDEX["lengths"], _INDEX["cursor"]
+_AT: Final[Any] = TaskState._make(range(len(_INDEX)))  # each field is its own place
 
 
 def _known(usage: Usage) -> Usage | None:

@@ -128,8 +128,12 @@ def story(told: dict[str, str], all_backends: AllBackends, backend: Backend, tmp
 
 
 @pytest.fixture
-def vandal(backend: Backend, story: str) -> Generator[Vandal, None, None]:
+def vandal(
+    backend: Backend, story: str, monkeypatch: pytest.MonkeyPatch
+) -> Generator[Vandal, None, None]:
     """Somebody at the varied log, its defences dropped; what is done to it is undone."""
+    if backend.dialect == "sqlite":  # one kind is walked in many stretches, the other in one
+        monkeypatch.setattr("perdure.store.scanning.PAGE", 3)
     with backend.vandalised(story) as connection:
         yield Vandal(backend, connection)
 
@@ -162,7 +166,7 @@ class TestUntouched:
         with Database(story).snapshot() as connection:
             report = verify(connection, progress=lambda done, all_: told.append((done, all_)))
         assert report.ok
-        assert [done for done, _ in told] == list(range(7, report.events + 1, 7))
+        assert [done for done, _ in told] == [*range(7, report.events, 7), report.events]
         assert {all_ for _, all_ in told} == {report.events}
 
 

@@ -78,16 +78,19 @@ def verify(
     """
     expected = None if expect is None else _seal(expect)
     from perdure.store import rebuilding, verification
+    from perdure.store.helping import helpers_for
 
     database = session.database()
     database.prepare(create=False, upgrade=False)
     differed = 0
-    with database.snapshot() as connection:
+    with database.snapshot() as connection, helpers_for(database, connection) as helpers:
         with progress("reading the log") as step:
-            report = verification.verify(connection, expect=expected, progress=step)
+            report = verification.verify(
+                connection, expect=expected, progress=step, helpers=helpers
+            )
         with progress("comparing tasks") as step:
             try:
-                differed = rebuilding.compare(connection, step).differed
+                differed = rebuilding.compare(connection, step, helpers).differed
             except DatabaseCorrupt as error:
                 report.problem(str(error))
         read = look_into(connection, archives or (), report, expected)
@@ -162,13 +165,18 @@ def rebuild(session: Session) -> None:
     Nothing is lost by it. Whoever writes waits meanwhile; who reads doesn't notice.
     """
     from perdure.store import rebuilding
+    from perdure.store.helping import helpers_for
 
     database = session.database()
     database.prepare(create=False)
     writer = database.writer()
     try:
-        with writer.transaction() as connection, progress("folding the log") as step:
-            report = rebuilding.rebuild(connection, step)
+        with (
+            writer.transaction() as connection,
+            helpers_for(database, connection) as helpers,
+            progress("folding the log") as step,
+        ):
+            report = rebuilding.rebuild(connection, step, helpers)
         writer.checkpoint_if_due()
     finally:
         writer.close()

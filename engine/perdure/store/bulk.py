@@ -8,7 +8,7 @@ column's type, and one statement takes many of them (see `direct`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import chain
 from typing import Any, Final, NamedTuple
 
@@ -32,7 +32,7 @@ MOST_FORMS: Final = 100
 
 def plain_rows(
     connection: Connection, statement: sa.Select[*tuple[Any, ...]]
-) -> Iterator[tuple[Any, ...]]:
+) -> Generator[tuple[Any, ...], None, None]:
     """Yield the rows of a query as plain tuples."""
     for rows in plain_pages(connection, statement):
         yield from rows

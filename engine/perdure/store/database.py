@@ -37,12 +37,17 @@ T = TypeVar("T")
 READING_PATIENCE: Final = (0.0, 0.05, 0.1, 0.2, 0.5, *(1.0,) * 59)
 
 
-def parse_url(url: str | os.PathLike[str]) -> URL:
+def parse_url(url: str | os.PathLike[str] | URL) -> URL:
     """Return the database that ``url``, a URL or a SQLite file's path, stands for.
+
+    Args:
+        url: What people have written, or what came of it.
 
     Raises:
         DatabaseIncompatible: It names a database that perdure can't use.
     """
+    if isinstance(url, URL):
+        return url
     text = os.fspath(url)
     if "://" not in text:
         return URL.create("sqlite", database=str(Path(text).expanduser()))
@@ -83,7 +88,7 @@ class Database:
         dialect: What its kind does in its own way.
     """
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
+    def __init__(self, url: str | os.PathLike[str] | URL) -> None:
         self.url = parse_url(url)
         self.dialect: Dialect = _dialect(self.url)
         self._readers: AsyncEngine | None = None

@@ -79,20 +79,29 @@ def open_gaps(connection: Connection, new: Iterable[tuple[int, bytes]]) -> None:
     )
 
 
-def each_gap(connection: Connection) -> Iterator[Gap]:
-    """Yield all gaps in their order, as they are stored."""
+def each_gap(
+    connection: Connection, after: int | None = None, last: int | None = None
+) -> Iterator[Gap]:
+    """Yield gaps in their order, as they are stored: those that begin behind ``after``.
+
+    Args:
+        connection: Where to read.
+        after: A position; None for none.
+        last: The position after which no more are wanted; None for none.
+    """
     page = (
         sa.select(*(as_stored(column) for column in gaps.c))
         .order_by(gaps.c.first_position)
         .limit(scanning.PAGE)
     )
-    last: int | None = None
+    if last is not None:
+        page = page.where(gaps.c.first_position <= last)
     while True:
         rows = connection.execute(
-            page if last is None else page.where(gaps.c.first_position > last)
+            page if after is None else page.where(gaps.c.first_position > after)
         ).all()
         for row in rows:
             yield Gap(*row)
         if len(rows) < scanning.PAGE:
             return
-        last = rows[-1][0]
+        after = rows[-1][0]

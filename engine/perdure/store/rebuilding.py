@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -16,6 +17,7 @@ from perdure.events import Archived, Event, decode, decode_text
 from perdure.store import scanning
 from perdure.store.bulk import Bulk, plain_rows
 from perdure.store.dialect import take_time
+from perdure.store.helping import NO_HELP, Helpers
 from perdure.store.projection import TaskFold, TaskRow
 from perdure.store.scanning import (
     NO_MOMENT,
@@ -52,7 +54,9 @@ _INSERT: Final = Bulk(tasks, _COLUMNS)
 _SURPLUS: Final = tasks.c.stream_id.not_in(sa.select(streams.c.stream_id))
 
 
-def rebuild(connection: Connection, progress: Progress | None = None) -> RebuildReport:
+def rebuild(
+    connection: Connection, progress: Progress | None = None, helpers: Helpers = NO_HELP
+) -> RebuildReport:
     """Make `tasks` what the log says it is, in the connection's transaction.
 
     It comes out as if all of it were thrown away and computed again, to the last bit; a row that
@@ -62,46 +66,101 @@ def rebuild(connection: Connection, progress: Progress | None = None) -> Rebuild
         DatabaseCorrupt: The log can't be folded; nothing is changed then.
     """
     take_time(connection)
-    connection.execute(sa.select(log_head.c.position).with_for_update())  # nobody writes from here
+    # Nobody writes from here on: what is committed, which helpers see, stays as it is.
+    connection.execute(sa.select(log_head.c.position).with_for_update())
     with connection.begin_nested():
-        surplus = connection.execute(sa.delete(tasks).where(_SURPLUS)).rowcount
-        return _hold(connection, progress, surplus, mend=True)
+        report = RebuildReport()
+        report.differed = connection.execute(sa.delete(tasks).where(_SURPLUS)).rowcount
+        removed: set[int] = set()
+        for share, found in _each_share(connection, helpers, report, progress):
+            again = {key for key in removed if share.after < key <= share.last}
+            if again:  # since it was looked at
+                found = _look(connection, share)
+            report.differed += len(again.union(found.wrong))
+            if found.to_write:
+                removed.update(_replace(connection, found.to_write, share.last))
+        return report
 
 
-def compare(connection: Connection, progress: Progress | None = None) -> RebuildReport:
-    """Hold `tasks` against the log, and change nothing."""
-    counted = sa.select(sa.func.count()).select_from(tasks).where(_SURPLUS)
-    surplus: int = connection.execute(counted).scalar_one()
-    return _hold(connection, progress, surplus, mend=False)
-
-
-def _hold(
-    connection: Connection, progress: Progress | None, surplus: int, *, mend: bool
+def compare(
+    connection: Connection, progress: Progress | None = None, helpers: Helpers = NO_HELP
 ) -> RebuildReport:
-    """Hold what the driver gives for each row against what it would get for the right one."""
-    report = RebuildReport(differed=surplus)
-    total: int = connection.execute(sa.select(sa.func.count()).select_from(streams)).scalar_one()
-    removed: set[int] = set()
-    for folds in _folded(connection):
-        right = _right_rows(connection, folds.values())
-        first, last = min(folds), max(folds)
-        page = _stored_rows(connection.dialect.name).where(tasks.c.stream_id.between(first, last))
-        stored = {row[0]: row for row in page_of(connection, page)}
-        wrong = {key for key in folds if stored.get(key) != right.get(key) or key in removed}
-        report.tasks += len(right)
-        report.differed += len(wrong)
-        if mend:
-            if connection.dialect.name == "postgresql":
-                wrong.update(key for key, row in right.items() if _may_hide_a_difference(row))
-            if wrong:
-                removed.update(_replace(connection, sorted(wrong), right, last))
-        if progress is not None:
-            progress(report.tasks, total)
+    """Hold `tasks` against the log, and change nothing.
+
+    Helpers may see a later state than this connection; no task differs for that.
+    """
+    counted = sa.select(sa.func.count()).select_from(tasks).where(_SURPLUS)
+    report = RebuildReport(differed=connection.execute(counted).scalar_one())
+    for _share, found in _each_share(connection, helpers, report, progress):
+        report.differed += len(found.wrong)
     return report
 
 
+class _Share(NamedTuple):
+    """Streams that follow each other: those behind ``after``, up to ``last``."""
+
+    after: int
+    last: int
+
+
+class _Found(NamedTuple):
+    """What was found in a share.
+
+    Attributes:
+        tasks: How many rows there should be.
+        wrong: The streams whose row is missing, too many, or not what the log says.
+        to_write: Streams whose row is to be written anew, with the right one; None for none.
+    """
+
+    tasks: int
+    wrong: list[int]
+    to_write: dict[int, _Values | None]
+
+
+def _each_share(
+    connection: Connection, helpers: Helpers, report: RebuildReport, progress: Progress | None
+) -> Iterator[tuple[_Share, _Found]]:
+    """Yield what is found in all streams, and count the tasks."""
+    total: int = connection.execute(sa.select(sa.func.count()).select_from(streams)).scalar_one()
+    for share, found in helpers.each(connection, _look, _shares(connection)):
+        report.tasks += found.tasks
+        yield share, found
+        if progress is not None:
+            progress(report.tasks, total)
+
+
+def _shares(connection: Connection) -> Iterator[_Share]:
+    """Divide all streams, by ascending stream."""
+    ends = sa.select(sa.func.min(streams.c.stream_id) - 1, sa.func.max(streams.c.stream_id))
+    last, end = connection.execute(ends).one()
+    ahead = sa.select(streams.c.stream_id).order_by(streams.c.stream_id)
+    ahead = ahead.offset(max(scanning.PAGE // 10, 1) - 1).limit(1)
+    while end is not None and last < end:
+        share = _Share(last, connection.scalar(ahead.where(streams.c.stream_id > last)) or end)
+        yield share
+        last = share.last
+
+
+def _look(connection: Connection, share: _Share) -> _Found:
+    """Hold what the driver gives for each row against what it would get for the right one."""
+    folds = leniently(connection, lambda: _fold(connection, share))
+    right = _right_rows(connection, folds.values())
+    on_server = connection.dialect.name == "postgresql"
+    page = _stored_rows(connection.dialect.name).where(_within(tasks.c.stream_id, share))
+    stored = {row[0]: row for row in page_of(connection, page)}
+    wrong = [key for key in folds if stored.get(key) != right.get(key)]
+    written = set(wrong)
+    if on_server:
+        written.update(key for key, row in right.items() if _may_hide_a_difference(row))
+    return _Found(len(right), wrong, {key: right.get(key) for key in sorted(written)})
+
+
+def _within(column: sa.Column[int], share: _Share) -> sa.ColumnElement[bool]:
+    return column.between(share.after + 1, share.last)
+
+
 def _replace(
-    connection: Connection, stream_ids: Sequence[int], right: Mapping[int, _Values], last: int
+    connection: Connection, to_write: Mapping[int, _Values | None], last: int
 ) -> list[int]:
     """Write the rows of these streams anew.
 
@@ -109,9 +168,9 @@ def _replace(
         The streams behind ``last`` that lost their row, because it had taken the name or the key
         of one of these.
     """
-    rows = [right[key] for key in stream_ids if key in right]
+    rows = [row for row in to_write.values() if row is not None]
     taken: list[int] = []
-    connection.execute(sa.delete(tasks).where(tasks.c.stream_id.in_(stream_ids)))
+    connection.execute(sa.delete(tasks).where(tasks.c.stream_id.in_(list(to_write))))
     for column in (tasks.c.task_id, tasks.c.key):
         index = _COLUMNS.index(column.name)
         values = [row[index] for row in rows if row[index] is not None]
@@ -152,37 +211,30 @@ def _right_rows(connection: Connection, folds: Iterable[TaskFold]) -> dict[int, 
     return {row[0]: row for row in _INSERT.bound(connection.dialect, rows)}
 
 
-def _folded(connection: Connection) -> Iterator[dict[int, TaskFold]]:
-    """Yield all streams, folded, some at a time, by ascending stream."""
-    last: int | None = None
-    page = (
-        sa.select(streams.c.stream_id, streams.c.task_id)
-        .order_by(streams.c.stream_id)
-        .limit(scanning.PAGE // 10)
-    )
-    while True:
-        found = page_of(
-            connection, page if last is None else page.where(streams.c.stream_id > last)
-        )
-        if not found:
-            return
-        last = found[-1][0]
-        yield leniently(connection, lambda: _fold(connection, found))  # noqa: B023 - called at once
-
-
-def _fold(connection: Connection, found: Sequence[tuple[Any, ...]]) -> dict[int, TaskFold]:
-    """Return the folds of these streams, which follow each other."""
-    folds = {stream_id: TaskFold(task_id, stream_id) for stream_id, task_id in found}
-    rows = plain_rows(
-        connection,
+def _fold(connection: Connection, share: _Share) -> dict[int, TaskFold]:
+    """Return the folds of these streams, by ascending stream."""
+    there = sa.select(streams.c.stream_id, streams.c.task_id)
+    there = there.where(_within(streams.c.stream_id, share)).order_by(streams.c.stream_id)
+    folds = {
+        stream_id: TaskFold(task_id, stream_id)
+        for stream_id, task_id in plain_rows(connection, there)
+    }
+    told = (
         sa.select(
             *(events.c.stream_id, events.c.version, events.c.type),
             *(events.c.schema_version, events.c.data),
             as_stored(events.c.recorded_at),
         )
-        .where(events.c.stream_id.between(found[0][0], found[-1][0]))
-        .order_by(events.c.stream_id, events.c.version),
+        .where(_within(events.c.stream_id, share))
+        .order_by(events.c.stream_id, events.c.version)
     )
+    with closing(plain_rows(connection, told)) as rows:
+        _fold_in(folds, rows)
+    return folds
+
+
+def _fold_in(folds: Mapping[int, TaskFold], rows: Iterable[tuple[Any, ...]]) -> None:
+    """Fold events, by stream and version, into the folds of their streams."""
     fold: TaskFold | None = None
     expected = 1
     moment: datetime = NO_MOMENT
@@ -214,7 +266,6 @@ def _fold(connection: Connection, found: Sequence[tuple[Any, ...]]) -> dict[int,
                 f"{fold.task_id} version {version} should be version {fold.version}: "
                 "run `perdure verify`"
             )
-    return folds
 
 
 def _take(fold: TaskFold, event: Event, at: datetime) -> None:
