@@ -2,8 +2,9 @@
 
 A task of its own reads the adapter (`_read`); where an answer takes its time, another writes what
 has gathered (`_write_gathered`): the first piece at once, then at most one chunk per interval,
-never one row per token. The ending takes what is left with it, in one append. Every append names
-the version it follows, so an attempt that has lost its task finds out, and writes nothing more.
+which grows with a long answer; never one row per token. The ending takes what is left with it, in
+one append. Every append names the version it follows, so an attempt that has lost its task finds
+out, and writes nothing more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Any
+from typing import Any, Final
 
 from perdure.adapter import Adapter, Call
 from perdure.errors import (
@@ -72,7 +73,8 @@ class Timing:
     """How an attempt is paced.
 
     Attributes:
-        chunk_interval: Seconds between two chunk events of one task, at least.
+        chunk_interval: Seconds between two chunk events of one task, at least; of an answer that
+            takes its time up to ten times as many.
         usage_interval: Seconds between two usage events on the way, at least.
         buffer_characters: How much may gather before the adapter has to wait.
         closing_seconds: How long an adapter may take to close when it is stopped.
@@ -82,6 +84,19 @@ class Timing:
     usage_interval: float = 1.0
     buffer_characters: int = 256 * 1024
     closing_seconds: float = 5.0
+
+    def pause(self, elapsed: float) -> float:
+        """Return the seconds before the next chunk, ``elapsed`` of them after the first one.
+
+        Each event costs ten times as much space as what comes in an interval, so pieces grow with
+        the answer: a fortieth of what it has taken, which nobody who follows it will notice.
+        """
+        return self.chunk_interval * min(max(elapsed / FINE_SECONDS, 1.0), MOST_STRETCHED)
+
+
+# So long an answer is written down in the finest pieces.
+FINE_SECONDS: Final = 2.0
+MOST_STRETCHED: Final = 10.0
 
 
 class Attempt:
@@ -258,6 +273,7 @@ class Attempt:
     # -- what goes out ---------------------------------------------------------------------------
 
     async def _write_gathered(self, news: asyncio.Event) -> None:
+        began = self._loop.time()
         while True:
             news.clear()
             try:
@@ -266,7 +282,7 @@ class Attempt:
                 self._failure = error
                 self.stop(Stop.BROKEN)
                 return
-            await asyncio.sleep(self._timing.chunk_interval)
+            await asyncio.sleep(self._timing.pause(self._loop.time() - began))
             await news.wait()
 
     async def _append(self, *events: Event) -> None:

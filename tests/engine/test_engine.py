@@ -58,6 +58,7 @@ from perdure import (
     UsageReported,
     collect_stream,
 )
+from perdure.attempt import Timing
 from perdure.events import AttemptFailed, Failed, Interrupted, Running
 from perdure.platforms import GROUP
 from perdure.policy import RetryPolicy
@@ -982,6 +983,25 @@ async def test_a_platform_that_is_faster_than_the_disk_has_to_wait(
         result = await engine.get_result(await engine.submit_task(ASK))
     assert len(result.output) == 2_000_000
     assert max(gathered) <= FAST.timing.buffer_characters + 2000
+
+
+def test_the_pieces_of_a_long_answer_grow() -> None:
+    """Fine at first, then in proportion to what the answer has taken, never coarser than 0.5 s."""
+    timing = Timing()
+    assert [timing.pause(at) for at in (0.0, 2.0, 10.0, 60.0)] == pytest.approx(
+        [0.05, 0.05, 0.25, 0.5]
+    )
+    assert Timing(chunk_interval=0.0).pause(60.0) == 0.0
+
+    def pieces(seconds: float) -> int:
+        at, count = 0.0, 1
+        while (at := at + timing.pause(at)) < seconds:
+            count += 1
+        return count
+
+    assert pieces(2) == pytest.approx(40, abs=1)
+    assert pieces(10) < 110
+    assert pieces(100) < 300
 
 
 async def test_reasoning_and_tool_calls_are_kept_apart_from_text(db: Path) -> None:
