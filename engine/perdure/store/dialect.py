@@ -82,9 +82,13 @@ class Writer(ABC):
         self.committing = False
         with self.translated():
             self.ready()
-            with self.connection.begin():
+            with self.begun():
                 yield self.connection
                 self.committing = True
+
+    def begun(self) -> AbstractContextManager[object]:
+        """Begin a transaction on the connection; commit at the end, roll back on an error."""
+        return self.connection.begin()
 
     def ready(self) -> None:  # noqa: B027 - most never lose theirs
         """Make sure that there is a connection to begin a transaction on."""

@@ -304,6 +304,8 @@ class EventLog:
             # What can't be erased now, because somebody still looks at it, goes with later commits.
             with contextlib.suppress(StoreError):
                 writer.erase()
+        if done.written:
+            cache.put_head(done.transaction.new_head)
         ended: dict[str, TaskFold] = {}
         for fold in done.transaction.touched:
             if fold.ended:  # nobody will append to it

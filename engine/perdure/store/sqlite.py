@@ -36,7 +36,6 @@ from perdure.store.dialect import (
     refuse_old,
     stored_revision,
 )
-from perdure.store.direct import execute
 from perdure.store.readonly import (
     BUSY_SECONDS,
     Reader,
@@ -209,6 +208,10 @@ class SqliteWriter(Writer):
         """Turn what the driver raises into a `StoreError` of one line."""
         return _translate(self._path)
 
+    def begun(self) -> AbstractContextManager[object]:
+        """Begin a transaction on the connection; commit at the end, roll back on an error."""
+        return _Begun(self.connection, self._raw)
+
     def _read_data_version(self) -> int:
         return int(self._raw.execute("PRAGMA data_version").fetchone()[0])
 
@@ -322,6 +325,41 @@ class SqliteWriter(Writer):
         self._engine.dispose()
 
 
+class _Begun:
+    """A write transaction, by the driver alone where nothing is asked of SQLAlchemy.
+
+    Its own way takes as long as all the statements of a small transaction.
+    """
+
+    def __init__(self, connection: Connection, raw: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._raw = raw
+
+    def __enter__(self) -> None:
+        self._raw.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._roll_back()
+            return
+        try:
+            noticed = self._connection.get_transaction()
+            if noticed is None:
+                self._raw.execute("COMMIT")
+            else:
+                noticed.commit()
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def _roll_back(self) -> None:
+        noticed = self._connection.get_transaction()
+        if noticed is not None:
+            noticed.rollback()
+        if self._raw.in_transaction:  # else SQLite has done it by itself, as on a full disk
+            self._raw.execute("ROLLBACK")
+
+
 def _initialise(path: Path) -> None:
     """Set what can only be set while a SQLite file is still empty."""
     deadline = time.monotonic() + BUSY_SECONDS
@@ -380,7 +418,9 @@ def _begin(connection: Connection) -> None:
 
 
 def _begin_immediate(connection: Connection) -> None:
-    execute(connection, "BEGIN IMMEDIATE", ())
+    raw: Any = connection.connection.dbapi_connection
+    if not raw.in_transaction:  # else it takes part in one that was begun without it
+        raw.execute("BEGIN IMMEDIATE")
 
 
 @contextlib.contextmanager

@@ -146,6 +146,7 @@ class FoldCache:
     def __init__(self, size: int = 4096) -> None:
         self._size = size
         self._folds: OrderedDict[str, tuple[TaskFold, int]] = OrderedDict()
+        self._head: tuple[int, bytes] | None = None
         self._disturbances = 0
 
     def get(self, task_id: str) -> TaskFold | None:
@@ -161,6 +162,16 @@ class FoldCache:
     def distrust(self) -> None:
         """Note that somebody else may have written."""
         self._disturbances += 1
+        self._head = None
+
+    @property
+    def head(self) -> tuple[int, bytes] | None:
+        """The position and digest of the log's head, where it surely is there."""
+        return self._head
+
+    def put_head(self, head: tuple[int, bytes] | None) -> None:
+        """Keep where the log's head is, of a log that takes new streams."""
+        self._head = head
 
     def put(self, fold: TaskFold) -> None:
         """Keep a fold that is where its stream is."""
@@ -172,6 +183,7 @@ class FoldCache:
     def clear(self) -> None:
         """Forget everything: the database may be another one, such as a standby that took over."""
         self._folds.clear()
+        self._head = None
 
     def drop(self, task_ids: Iterable[str]) -> None:
         """Forget folds that may hold what was never committed."""
@@ -213,6 +225,7 @@ class Transaction:
         self._careful = careful
         self.erases = False
         self.mark: tuple[int, bytes] | None = None
+        self._takes_new = False
         self._cache = cache
         self._versions: dict[str, tuple[int, int] | None] = {}
         self._folds: dict[str, TaskFold] = {}
@@ -424,7 +437,16 @@ class Transaction:
         self.mark = position, digest
         return position, written
 
+    @property
+    def new_head(self) -> tuple[int, bytes] | None:
+        """Where the head is once this is committed, for `FoldCache.put_head`."""
+        return self.mark if self._takes_new else None
+
     def _head(self, statement: Statement) -> tuple[int, bytes]:
+        known = self._cache.head
+        if known is not None:
+            self._takes_new = True
+            return known
         rows = statement.rows(self.connection)
         if not rows:
             raise DatabaseCorrupt("the log has lost its head row: restore a backup")
@@ -433,6 +455,7 @@ class Transaction:
             raise DatabaseUnavailable(
                 "this database is an archive, and nothing new goes into it: name the log with --db"
             )
+        self._takes_new = archive_of is None
         return int(position), bytes(digest)
 
     def _flush_rows(self) -> None:
