@@ -1,7 +1,8 @@
 """Durable appends by 100 producers, against a bare sqlite3 thread that inserts the same rows.
 
 A producer appends to a stream of its own and awaits each append. The rival does the least that is
-durable (`benchmarks.bare`). In between: our thread and our queue with a transaction that neither
+durable (`benchmarks.bare`). What is appended was made before the clock started: events for us, and
+rows, encoded, for the rival. In between: our thread and our queue with a transaction that neither
 folds, chains nor projects, which shows what these three cost.
 """
 
@@ -74,7 +75,7 @@ async def append_rate(database: Path | str, producers: int, each: int) -> float:
     log = EventLog(Database(database))
     await log.open()
     try:
-        return await _rate(producers, each, lambda n, i: _append(log, n, i))
+        return await _rate(producers, each, _appending(log, producers, each))
     finally:
         await log.close()
 
@@ -97,14 +98,16 @@ async def _unchained(database: Path, producers: int, each: int) -> float:
         log = EventLog(Database(database))
         await log.open()
         try:
-            return await _rate(producers, each, lambda n, i: _append(log, n, i))
+            return await _rate(producers, each, _appending(log, producers, each))
         finally:
             await log.close()
 
 
-def _append(log: EventLog, number: int, index: int) -> Awaitable[Any]:
-    chunk = Chunk(text=TEXT, offset=index * len(TEXT))
-    return log.append(task_id_of(number), (chunk,), index + 2)
+def _appending(log: EventLog, producers: int, each: int) -> Callable[[int, int], Awaitable[Any]]:
+    """Return what appends a producer's so-many-th chunk."""
+    ids = [task_id_of(number) for number in range(producers)]
+    chunks = [(Chunk(text=TEXT, offset=index * len(TEXT)),) for index in range(each)]
+    return lambda number, index: log.append(ids[number], chunks[index], index + 2)
 
 
 async def _bare(bare: BareLog, producers: int, each: int) -> float:

@@ -374,6 +374,8 @@ def encode(event: Event) -> EncodedEvent:
 
 def encode_data(event: Event) -> bytes:
     """Return the canonical JSON of ``event``."""
+    if type(event) is Chunk and event.cursor is None and event.length is None:  # most of all events
+        return canonical({"kind": event.kind, "offset": event.offset, "text": event.text})
     if type(event) in _PLAIN:
         plain = {name: value for name, value in vars(event).items() if value is not None}
         usage: Usage | None = plain.get("usage")

@@ -175,7 +175,9 @@ class FoldCache:
 
     def put(self, fold: TaskFold) -> None:
         """Keep a fold that is where its stream is."""
-        self._folds[fold.task_id] = fold, self._disturbances
+        kept = self._folds.get(fold.task_id)
+        if kept is None or kept[0] is not fold or kept[1] != self._disturbances:
+            self._folds[fold.task_id] = fold, self._disturbances
         self._folds.move_to_end(fold.task_id)
         if len(self._folds) > self._size:
             self._folds.popitem(last=False)
