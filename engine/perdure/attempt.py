@@ -53,6 +53,7 @@ from perdure.store.transaction import Transaction
 from perdure.structured import parse_output
 from perdure.task import TaskStatus, Usage
 from perdure.text import check_json
+from perdure.unchecked import unchecked
 
 __all__ = ["Attempt", "Stop", "Timing"]
 
@@ -454,14 +455,16 @@ class Attempt:
 
         def completed(_state: TaskState) -> Sequence[Event]:
             return (
-                end.model_copy(
-                    update={
+                unchecked(
+                    Completed,
+                    {
+                        **vars(end),
                         "usage": spent.usage,
                         "cost_usd": spent.cost_usd,
                         "price_version": spent.price_version,
                         "output_length": self._gathered.length(),
                         "output_digest": self._gathered.digest(),
-                    }
+                    },
                 ),
             )
 

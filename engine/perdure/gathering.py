@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from perdure.events import Chunk, ChunkKind, Event
 from perdure.text import clean_text
+from perdure.unchecked import unchecked
 
 __all__ = ["Gathering"]
 
@@ -83,7 +84,14 @@ class Gathering:
             self._digest.update(text.encode())
             if self._texts is not None:
                 self._texts.append(text)
-        return Chunk(text=text, kind=run.kind, offset=offset, cursor=cursor)
+        values = {
+            "text": text,
+            "kind": run.kind,
+            "offset": offset,
+            "cursor": cursor,
+            "length": None,
+        }
+        return unchecked(Chunk, values)
 
     def length(self, kind: ChunkKind = "text") -> int:
         """Return the characters of that kind, what was not taken left out."""

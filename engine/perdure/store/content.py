@@ -14,6 +14,7 @@ import orjson
 from perdure.errors import InvalidTask
 from perdure.events import canonical
 from perdure.task import Task
+from perdure.unchecked import unchecked
 
 __all__ = ["blob_digests", "digest_of", "restore", "separate"]
 
@@ -72,9 +73,8 @@ def restore(
         data["task_id"] = task_id
     if not places and data.get("prompt") and _AS_IT_IS.issuperset(data):
         # As `model_validate` would make it, of what was validated before it was stored.
-        made = _PATTERN.model_copy(update=data)
-        vars(made).update({name: {} for name in _OBJECTS if name not in data})
-        return made
+        whole = {**vars(_PATTERN), **{name: {} for name in _OBJECTS}, **data}
+        return unchecked(Task, whole, given=data)
     for place, holder, key in list(_shared_texts(data)):
         if place in places:
             if places[place] not in content:
