@@ -8,6 +8,7 @@ from perdure.errors import OutputInvalid
 from perdure.store.records import Outcome, TaskRecord
 from perdure.structured import parse_output
 from perdure.task import Result, Task, TaskStatus
+from perdure.unchecked import unchecked
 
 __all__ = ["make_result"]
 
@@ -16,29 +17,30 @@ def make_result(record: TaskRecord | Outcome, task: Task) -> Result:
     """Return an ended task's result, from its row or from what is known without that."""
     success = record.status is TaskStatus.COMPLETED
     began, ended = record.started_at, record.ended_at
-    return Result(
-        task=task,
-        task_id=record.task_id,
-        platform=record.platform,
-        output=record.output or "",
-        success=success,
-        error=record.error,
-        error_class=record.error_class,
-        cost=record.cost_usd,
-        tokens_used=record.usage.total_tokens,
-        duration_seconds=(ended - began).total_seconds() if began and ended else 0.0,
-        metadata=dict(task.metadata),
-        completed_at=ended,
-        status=record.status,
-        files_created=record.files_created,
-        partial_output=record.partial_output,
-        usage=record.usage,
-        finish_reason=record.finish_reason,
-        model=record.model,
-        attempts=record.attempts,
-        parsed=_parsed(record, task),
-        tool_calls=record.tool_calls,
-    )
+    values = {
+        "task": task,
+        "task_id": record.task_id,
+        "platform": record.platform,
+        "output": record.output or "",
+        "success": success,
+        "error": record.error,
+        "error_class": record.error_class,
+        "cost": record.cost_usd,
+        "tokens_used": record.usage.total_tokens,
+        "duration_seconds": (ended - began).total_seconds() if began and ended else 0.0,
+        "metadata": dict(task.metadata),
+        "completed_at": ended,
+        "status": record.status,
+        "files_created": record.files_created,
+        "partial_output": record.partial_output,
+        "usage": record.usage,
+        "finish_reason": record.finish_reason,
+        "model": record.model,
+        "attempts": record.attempts,
+        "parsed": _parsed(record, task),
+        "tool_calls": record.tool_calls,
+    }
+    return unchecked(Result, values)  # of what was checked when it was written down
 
 
 def _parsed(record: TaskRecord | Outcome, task: Task) -> Any:  # noqa: ANN401 - any JSON value

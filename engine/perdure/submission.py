@@ -14,6 +14,7 @@ from perdure.store.content import digest_of, separate
 from perdure.store.transaction import Transaction
 from perdure.structured import check_schema
 from perdure.task import Attachment, Task
+from perdure.unchecked import unchecked
 
 __all__ = ["Prepared", "Submission", "prepare", "submit"]
 
@@ -80,7 +81,7 @@ def prepare(task: Task, platforms: Platforms, default_platform: str | None) -> P
     return Prepared(
         task_id=task.task_id or generate_task_id(platform),
         given_id=task.task_id is not None,
-        event=Submitted(task=plain, platforms=order, blobs=places),
+        event=unchecked(Submitted, {"task": plain, "platforms": order, "blobs": places}),
         content=content | texts,
         carried=frozenset(file.digest for file in files) - content.keys(),
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import FAST
 from pydantic import BaseModel
 
-from perdure import Task, Usage
+from perdure import Engine, Task, Usage
 from perdure.events import Chunk, Completed, encode
 from perdure.store.content import restore, separate
+from perdure.testing import ScriptedAdapter
 from perdure.unchecked import unchecked
 
 
@@ -48,3 +53,30 @@ def test_a_restored_task_says_what_was_given() -> None:
     assert one.model_fields_set == {"prompt", "labels", "task_id"}
     one.metadata["changed"] = "here"
     assert other.metadata == {}
+
+
+async def test_all_that_is_made_so_is_whole(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the engine leaves validation out, it would have come to the same."""
+    made: set[str] = set()
+
+    def looking(
+        model: type[BaseModel], values: dict[str, Any], given: Iterable[str] = ()
+    ) -> BaseModel:
+        made.add(model.__name__)
+        assert values.keys() == model.model_fields.keys()
+        assert unchecked(model, dict(values), given) == model.model_validate(dict(values))
+        return unchecked(model, values, given)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("perdure.") and getattr(module, "unchecked", None) is unchecked:
+            monkeypatch.setattr(module, "unchecked", looking)
+    script = ScriptedAdapter(
+        Chunk(text="Hello, "),
+        Chunk(text="you"),
+        Completed(usage=Usage(input_tokens=1, output_tokens=2, raw={"a": 1})),
+    )
+    async with Engine.open(db, adapters=[script], settings=FAST) as engine:
+        asked = Task(prompt="Hello?", labels={"a": "b"}, metadata={"c": [1]})
+        result = await engine.get_result(await engine.submit_task(asked))
+    assert result.output == "Hello, you"
+    assert made == {"Task", "Submitted", "Running", "Chunk", "Completed", "Result"}

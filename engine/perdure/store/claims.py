@@ -23,6 +23,7 @@ from perdure.store.projection import TaskFold
 from perdure.store.schema import blobs, events, streams, tasks, workers
 from perdure.store.transaction import IN_LIMIT, Transaction, chunks_of
 from perdure.task import TaskStatus
+from perdure.unchecked import unchecked
 
 __all__ = [
     "Census",
@@ -125,12 +126,15 @@ def claim(
         if before.status is not TaskStatus.PENDING:
             continue  # cancelled in this very transaction, whose rows come last
         output = fold.text  # a new beginning forgets it, and an answer to be repaired is needed
-        started = Running(
-            attempt=before.attempt + 1,
-            worker=worker,
-            platform=before.platform,
-            model=before.model or models.get(before.platform),
-            mode=before.next_mode,
+        started = unchecked(
+            Running,
+            {
+                "attempt": before.attempt + 1,
+                "worker": worker,
+                "platform": before.platform,
+                "model": before.model or models.get(before.platform),
+                "mode": before.next_mode,
+            },
         )
         tx.append(task_id, (started,), before.version)
         claimed.append(Claimed(task_id, fold.state, asked[task_id], output, before))
