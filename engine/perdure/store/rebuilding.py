@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from perdure.errors import DatabaseCorrupt, InvalidTransition
-from perdure.events import Archived, Event, decode, decode_text
+from perdure.events import Archived, Event, Running, decode, decode_text
 from perdure.store import scanning
 from perdure.store.bulk import Bulk, plain_rows
 from perdure.store.dialect import take_time
@@ -260,12 +260,17 @@ def _fold_in(folds: Mapping[int, TaskFold], rows: Iterable[tuple[Any, ...]]) -> 
         piece = decode_text(schema_version, data) if type_ == "chunk" else None
         if piece is not None and fold.apply_text(*piece):
             continue
-        _take(fold, decode(type_, schema_version, data), moment)
+        known = _decode_again if type_ == Running.type else decode
+        _take(fold, known(type_, schema_version, data), moment)
         if fold.version != version:
             raise DatabaseCorrupt(
                 f"{fold.task_id} version {version} should be version {fold.version}: "
                 "run `perdure verify`"
             )
+
+
+# What one worker claims with one model begins alike.
+_decode_again: Final = lru_cache(maxsize=256)(decode)
 
 
 def _take(fold: TaskFold, event: Event, at: datetime) -> None:
