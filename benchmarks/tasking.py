@@ -1,11 +1,15 @@
 """Tasks end to end, in a process of its own, as each peer has one, and warm as it is.
 
-python -m benchmarks.tasking DATABASE COUNT AT_ONCE
+python -m benchmarks.tasking DATABASE COUNT AT_ONCE as-perdure|as-python
+
+The last one says how often Python looks for cycles of garbage: as often as in the program, or as in
+programs that say nothing about it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 import time
@@ -70,5 +74,7 @@ async def main(database: str, count: int, at_once: int) -> float:
 
 
 if __name__ == "__main__":
-    place, tasks, together = sys.argv[1:]
+    place, tasks, together, collecting = sys.argv[1:]
+    if collecting == "as-perdure":
+        gc.set_threshold(50_000, 20, 20)
     print(json.dumps({"a_second": asyncio.run(main(place, int(tasks), int(together)))}))
