@@ -87,7 +87,7 @@ class Timing:
     closing_seconds: float = 5.0
 
     def pause(self, elapsed: float) -> float:
-        """Return the seconds before the next chunk, ``elapsed`` of them after the first one.
+        """Return the seconds before the next chunk, ``elapsed`` of them after the first text.
 
         Each event costs ten times as much space as what comes in an interval, so pieces grow with
         the answer: a fortieth of what it has taken, which nobody who follows it will notice.
@@ -145,6 +145,7 @@ class Attempt:
         self._usage_written = claimed.state.usage
         self._usage_at = 0.0
         self._appending = asyncio.Lock()
+        self._text_came: float | None = None  # the first of it, by the loop's clock
         self._news = False  # whether something has gathered
         self._news_came: asyncio.Event | None = None
         self._room: asyncio.Event | None = None
@@ -232,6 +233,8 @@ class Attempt:
                     self._gathered.add(event)
                     if not event.text:
                         continue
+                    if self._text_came is None:
+                        self._text_came = self._loop.time()
                     self._note_news()
                     if self._gathered.characters > self._timing.buffer_characters:
                         self._room = asyncio.Event()
@@ -274,7 +277,6 @@ class Attempt:
     # -- what goes out ---------------------------------------------------------------------------
 
     async def _write_gathered(self, news: asyncio.Event) -> None:
-        began = self._loop.time()
         while True:
             news.clear()
             try:
@@ -283,7 +285,9 @@ class Attempt:
                 self._failure = error
                 self.stop(Stop.BROKEN)
                 return
-            await asyncio.sleep(self._timing.pause(self._loop.time() - began))
+            began = self._text_came
+            elapsed = 0.0 if began is None else self._loop.time() - began
+            await asyncio.sleep(self._timing.pause(elapsed))
             await news.wait()
 
     async def _append(self, *events: Event) -> None:

@@ -16,8 +16,6 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     model_validator,
 )
 
@@ -343,17 +341,12 @@ def _sum(one: int | None, other: int | None) -> int | None:
     return other if one is None else one if other is None else one + other
 
 
-def _as_it_is(task: Any, handler: ValidatorFunctionWrapHandler) -> Any:  # noqa: ANN401
-    """Don't look again at a task that was looked at when it was made."""
-    return task if type(task) is Task else handler(task)
-
-
 class Result(BaseModel):
     """How a task ended, put together from the log."""
 
     model_config = ConfigDict(frozen=True)
 
-    task: Annotated[Task, WrapValidator(_as_it_is)]
+    task: Task
     task_id: str
     platform: str
     output: str = ""

@@ -8,21 +8,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Generator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Connection
-from sqlalchemy.engine import make_url
 
 from perdure.errors import DatabaseCorrupt
 from perdure.events import Cancelled, Chunk
 from perdure.store import helping
 from perdure.store.database import Database
-from perdure.store.helping import NO_HELP, Helpers, helpers_for
+from perdure.store.helping import NO_HELP, VARIABLE, Helpers, helpers_for
 from perdure.store.rebuilding import compare, rebuild
 from perdure.store.redaction import redact
 from perdure.store.schema import streams
@@ -54,12 +52,20 @@ def log(database_url: str) -> str:
     return database_url
 
 
+def await_them(helpers: Helpers, count: int = 2) -> None:
+    """Return once so many helpers are ready."""
+    latest = time.monotonic() + 60
+    while len(helpers._able) < count:
+        assert time.monotonic() < latest
+        time.sleep(0.01)
+
+
 @contextlib.contextmanager
 def helped(url: str) -> Generator[tuple[Connection, Helpers], None, None]:
     """Give a snapshot, and helpers that see the same."""
     database = Database(url)
     with database.snapshot() as connection, helpers_for(database, connection) as helpers:
-        assert helpers is not NO_HELP
+        await_them(helpers)
         yield connection, helpers
 
 
@@ -69,6 +75,7 @@ def rebuilt(url: str, *, with_help: bool = True) -> int:
     writer = database.writer()
     try:
         with writer.transaction() as connection, helpers_for(database, connection) as helpers:
+            await_them(helpers)
             return rebuild(connection, helpers=helpers if with_help else NO_HELP).differed
     finally:
         writer.close()
@@ -113,32 +120,78 @@ class TestEach:
             for part, _ in helpers.each(connection, name, range(400)):
                 found.append(part)
                 if len(found) == 40:
-                    for child in active_children():
-                        child.kill()
-                        child.join()
+                    for helper in helpers._started:
+                        helper._process.kill()
             assert found == list(range(400))
             again = helpers.each(connection, name, range(5))
             assert {who for _, (_, who) in again} == {os.getpid()}
 
+    def test_one_that_is_lost(self, log: str) -> None:
+        """The other one goes on."""
+        with helped(log) as (connection, helpers):
+            helpers._started[0]._process.kill()
+            found = list(helpers.each(connection, name, range(400)))
+            assert [part for part, _ in found] == list(range(400))
+            assert len(helpers._able) == 1
+
+    def test_one_that_hangs(self, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who doesn't answer is not waited for longer than a part may take."""
+        monkeypatch.setattr(helping, "OVERDUE_SECONDS", 0.5)
+        with helped(log) as (connection, helpers):
+            for helper in helpers._started:
+                helper._process.send_signal(signal.SIGSTOP)
+            found = list(helpers.each(connection, name, range(20)))
+        assert [part for part, _ in found] == list(range(20))
+        assert {who for _, (_, who) in found} == {os.getpid()}
+
     def test_helpers_that_cannot_read(self, log: str, tmp_path: Path) -> None:
         """Where they get no connection, all is done without them."""
-        nowhere = make_url(f"sqlite:///{tmp_path / 'none' / 'nothing.db'}")
-        pool = ProcessPoolExecutor(2, get_context("spawn"), helping._begin, (nowhere,))
-        with pool, Database(log).snapshot() as connection:
-            found = list(Helpers(pool, 2).each(connection, name, range(50)))
+        helpers = Helpers(2, str(tmp_path / "none" / "nothing.db"))
+        try:
+            await_them(helpers)
+            with Database(log).snapshot() as connection:
+                found = list(helpers.each(connection, name, range(50)))
+        finally:
+            helpers.close()
+        assert {who for _, (_, who) in found} == {os.getpid()}
+
+    def test_helpers_that_cannot_be_started(
+        self, log: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the system gives no more processes, all is done without them."""
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        database = Database(log)
+        with database.snapshot() as connection, helpers_for(database, connection) as helpers:
+            found = list(helpers.each(connection, name, range(50)))
         assert {who for _, (_, who) in found} == {os.getpid()}
 
     def test_short_logs(self, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """For a short log, or with one processor, nobody is called."""
+        """For a short log, with one processor, or where nobody wants it, nobody is called."""
         database = Database(log)
         with database.snapshot() as connection:
             monkeypatch.setattr(helping, "MANY_EVENTS", 10_000)
             with helpers_for(database, connection) as helpers:
                 assert helpers is NO_HELP
             monkeypatch.setattr(helping, "MANY_EVENTS", 0)
+            monkeypatch.setenv(VARIABLE, "0")
+            with helpers_for(database, connection) as helpers:
+                assert helpers is NO_HELP
+            monkeypatch.delenv(VARIABLE)
             monkeypatch.setattr(helping, "_processors", lambda: 1)
             with helpers_for(database, connection) as helpers:
                 assert helpers is NO_HELP
+
+    def test_what_a_container_may_use(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A share of the processors counts as so many whole ones, and as one at least."""
+        monkeypatch.undo()
+        monkeypatch.setattr(helping, "_QUOTA", tmp_path / "cpu.max")
+        without = helping._processors()
+        assert without >= 1
+        for said, count in (("max 100000", without), ("50000 100000", 1), ("", without)):
+            (tmp_path / "cpu.max").write_text(said, encoding="ascii")
+            assert helping._processors() == count
 
 
 class TestRebuild:
@@ -211,6 +264,7 @@ class TestVerify:
             before = verify(connection)
             asyncio.run(self.forget(log, "t2"))  # before any helper has begun
             with helpers_for(database, connection) as helpers:
+                await_them(helpers)
                 assert verify(connection, helpers=helpers) == before
                 assert compare(connection, helpers=helpers).differed == 0
         assert before.ok
@@ -222,39 +276,54 @@ class TestVerify:
             await store.log.write(lambda tx: redact(tx, task_id, "me", "it was secret"))
 
 
+LOOKING = """
+import os
+def look(connection, part):
+    return os.getpid()
+"""
 ORPHANING = """
-import sys, time
+import os, sys
+from looking import look
 from perdure.store import helping
 from perdure.store.database import Database
-from perdure.store.schema import streams
-import sqlalchemy as sa
-def look(connection, part):
-    return connection.scalar(sa.select(sa.func.count()).select_from(streams))
 helping.MANY_EVENTS, helping._processors = 0, lambda: 3
-if __name__ == "__main__":
-    database = Database(sys.argv[1])
-    with database.snapshot() as connection, helping.helpers_for(database, connection) as helpers:
-        found = helpers.each(connection, look, range(10_000_000))
-        for part, _ in found:
-            if part == 100:
-                print("working", flush=True)
+database = Database(sys.argv[1])
+at_work = {os.getpid()}
+with database.snapshot() as connection, helping.helpers_for(database, connection) as helpers:
+    for _, who in helpers.each(connection, look, range(10_000_000)):
+        if who not in at_work:
+            at_work.add(who)
+            print(who, flush=True)
 """
 
 
 def test_helpers_end_with_whom_they_help(log: str, tmp_path: Path) -> None:
-    """Whoever asked is killed, and no helper is left, nor the file of one held open."""
+    """Whoever asked is killed, and no helper is left."""
+    (tmp_path / "looking.py").write_text(LOOKING, encoding="utf-8")
     script = tmp_path / "script.py"
     script.write_text(ORPHANING, encoding="utf-8")
-    asking = subprocess.Popen(
-        [sys.executable, str(script), log], stdout=subprocess.PIPE, start_new_session=True
-    )
+    asking = subprocess.Popen([sys.executable, str(script), log], stdout=subprocess.PIPE)
+    pids: list[int] = []
     try:
         assert asking.stdout is not None
-        assert asking.stdout.readline() == b"working\n"
-        asking.send_signal(signal.SIGKILL)
-        # Helpers have the pipe as well: it is at its end once all are gone.
-        assert asyncio.run(asyncio.wait_for(asyncio.to_thread(asking.stdout.read), 60)) == b""
+        pids.extend(int(asking.stdout.readline()) for _ in range(2))
+        assert all(map(is_running, pids))
+        asking.kill()
+        latest = time.monotonic() + 60
+        while any(map(is_running, pids)):
+            assert time.monotonic() < latest
+            time.sleep(0.05)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(asking.pid, signal.SIGKILL)
+        asking.kill()
         asking.communicate()
+        for pid in filter(is_running, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process is there and has not ended."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"

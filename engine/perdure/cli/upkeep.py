@@ -83,16 +83,17 @@ def verify(
     database = session.database()
     database.prepare(create=False, upgrade=False)
     differed = 0
-    with database.snapshot() as connection, helpers_for(database, connection) as helpers:
-        with progress("reading the log") as step:
-            report = verification.verify(
-                connection, expect=expected, progress=step, helpers=helpers
-            )
-        with progress("comparing tasks") as step:
-            try:
-                differed = rebuilding.compare(connection, step, helpers).differed
-            except DatabaseCorrupt as error:
-                report.problem(str(error))
+    with database.snapshot() as connection:
+        with helpers_for(database, connection) as helpers:
+            with progress("reading the log") as step:
+                report = verification.verify(
+                    connection, expect=expected, progress=step, helpers=helpers
+                )
+            with progress("comparing tasks") as step:
+                try:
+                    differed = rebuilding.compare(connection, step, helpers).differed
+                except DatabaseCorrupt as error:
+                    report.problem(str(error))
         read = look_into(connection, archives or (), report, expected)
     if differed:
         report.problem(

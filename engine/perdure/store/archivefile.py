@@ -25,7 +25,6 @@ from perdure.events import Archived, ArchivedRow
 from perdure.store.bulk import Bulk, plain_rows
 from perdure.store.content import blob_digests
 from perdure.store.database import Database, Writer
-from perdure.store.helping import helpers_for
 from perdure.store.rebuilding import compare
 from perdure.store.scanning import UNREADABLE, Progress
 from perdure.store.schema import blobs, events, gaps, log_head, streams, tasks
@@ -339,11 +338,11 @@ def _digests_at(source: Connection, positions: Sequence[int]) -> dict[int, bytes
 
 
 def _prove(database: Database, stages: Stages) -> None:
-    with database.snapshot() as connection, helpers_for(database, connection) as helpers:
+    with database.snapshot() as connection:
         with stages("verifying the copy") as step:
-            problems = verify(connection, progress=step, helpers=helpers).problems
+            problems = verify(connection, progress=step).problems
         with stages("comparing tasks") as step:
-            differed = compare(connection, step, helpers).differed
+            differed = compare(connection, step).differed
     if problems:
         raise DatabaseCorrupt(
             f"what was to be archived isn't what was written ({problems[0]}): run `perdure verify`"

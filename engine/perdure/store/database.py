@@ -37,17 +37,12 @@ T = TypeVar("T")
 READING_PATIENCE: Final = (0.0, 0.05, 0.1, 0.2, 0.5, *(1.0,) * 59)
 
 
-def parse_url(url: str | os.PathLike[str] | URL) -> URL:
+def parse_url(url: str | os.PathLike[str]) -> URL:
     """Return the database that ``url``, a URL or a SQLite file's path, stands for.
-
-    Args:
-        url: What people have written, or what came of it.
 
     Raises:
         DatabaseIncompatible: It names a database that perdure can't use.
     """
-    if isinstance(url, URL):
-        return url
     text = os.fspath(url)
     if "://" not in text:
         return URL.create("sqlite", database=str(Path(text).expanduser()))
@@ -88,7 +83,7 @@ class Database:
         dialect: What its kind does in its own way.
     """
 
-    def __init__(self, url: str | os.PathLike[str] | URL) -> None:
+    def __init__(self, url: str | os.PathLike[str]) -> None:
         self.url = parse_url(url)
         self.dialect: Dialect = _dialect(self.url)
         self._readers: AsyncEngine | None = None
@@ -107,6 +102,13 @@ class Database:
         if isinstance(self.dialect, Sqlite):
             return self.dialect.path
         raise DatabaseIncompatible(f"{self.dialect.place} is no file")
+
+    @property
+    def address(self) -> str:
+        """What another process opens the same database with; it holds the password."""
+        if isinstance(self.dialect, Sqlite):
+            return str(self.dialect.path)
+        return self.url.render_as_string(hide_password=False)
 
     # -- opening ---------------------------------------------------------------------------------
 

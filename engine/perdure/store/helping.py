@@ -3,31 +3,35 @@
 Whatever is read part by part, each part by itself, can be shared. A helper reads what is committed,
 on a connection of its own, and sends back what it found; nothing is written by it. Whoever asked
 reads as well, so where there are no helpers, or they are lost, all is done all the same.
+
+Helpers are interpreters of their own that are talked to through pipes. `multiprocessing` would run
+the main script of the program once more in each, and fork connections and locks with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-import signal
-import threading
+import pickle
+import queue
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context, parent_process
-from typing import Any, Final, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
-from sqlalchemy.engine import URL
 
 from perdure.store.database import Database
 from perdure.store.dialect import take_time
 from perdure.store.schema import log_head
 
-__all__ = ["NO_HELP", "Helpers", "Look", "helpers_for"]
+__all__ = ["NO_HELP", "Helpers", "Look", "helpers_for", "serve"]
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -41,19 +45,42 @@ MANY_EVENTS: Final = 50_000
 MOST_HELPERS: Final = 7
 # So many parts are given to each, so that it need not wait for the next.
 AHEAD: Final = 2
+# What is found is held until all before it is; so many parts at most.
+MOST_BEGUN: Final = 100
+# Who takes longer for a part is not waited for any more.
+OVERDUE_SECONDS: Final = 120.0
+GOODBYE_SECONDS: Final = 0.5
+# How many helpers there may be, where that is set; for who has little memory.
+VARIABLE: Final = "PERDURE_HELPERS"
 
 
 class Helpers:
     """Other processes that read the same database.
 
     Args:
-        pool: Where they are.
         count: How many.
+        address: Names the database.
     """
 
-    def __init__(self, pool: ProcessPoolExecutor | None = None, count: int = 0) -> None:
-        self._pool = pool
-        self._most_given = count * AHEAD
+    def __init__(self, count: int = 0, address: str = "") -> None:
+        self._free: queue.SimpleQueue[_Helper | None] = queue.SimpleQueue()
+        self._able: set[_Helper] = set()  # those that are free or at work
+        self._started: list[_Helper] = []
+        self._threads = ThreadPoolExecutor(count) if count else None
+        for _ in range(count):
+            with contextlib.suppress(OSError):  # no more processes, or no memory for them
+                helper = _Helper()
+                self._started.append(helper)
+                self._submit(self._welcome, helper, address)
+
+    def close(self) -> None:
+        """End them all."""
+        for helper in self._started:
+            helper.say_no_more()
+        for helper in self._started:
+            helper.end()
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
 
     def each(
         self, connection: Connection, look: Look[P, R], parts: Iterable[P]
@@ -63,41 +90,66 @@ class Helpers:
         Args:
             connection: What this process itself reads on.
             look: Called with this connection or with a helper's, which doesn't see what is written
-                in this one's transaction.
+                in this one's transaction, and sees no earlier state than that of the first call.
             parts: Taken one by one, some of them ahead of what is yielded.
 
         Raises:
             Exception: What ``look`` has raised, of the first part where it has.
         """
-        coming = iter(parts)
         begun: deque[tuple[P, Future[R]]] = deque()
-        for part in coming:
+        for part in parts:
             given = sum(not future.done() for _part, future in begun)
-            if given < self._most_given:
-                begun.append((part, self._give(look, part)))
+            if given < len(self._able) * AHEAD:
+                begun.append((part, self._submit(self._ask, look, part)))
             else:  # they have enough to do
                 begun.append((part, _look(look, connection, part)))
-            while begun and begun[0][1].done():
+            while begun and (begun[0][1].done() or len(begun) > MOST_BEGUN):
                 part_, future = begun.popleft()
                 yield part_, self._found(future, connection, look, part_)
         for part, future in begun:
             yield part, self._found(future, connection, look, part)
 
-    def _give(self, look: Look[P, R], part: P) -> Future[R]:
-        assert self._pool is not None  # noqa: S101 - or nothing is given
-        try:
-            return self._pool.submit(_help, look, part)
-        except BrokenProcessPool as error:
-            lost: Future[R] = Future()
-            lost.set_exception(error)
-            return lost
-
     def _found(self, future: Future[R], connection: Connection, look: Look[P, R], part: P) -> R:
         try:
-            return future.result()
-        except BrokenProcessPool:  # no connection for it, or the system took it away
-            self._most_given = 0
-            return look(connection, part)
+            return future.result(OVERDUE_SECONDS)
+        except TimeoutError:
+            self._able.clear()
+            for helper in self._started:
+                helper.end()
+        except Exception:  # noqa: BLE001, S110 - looking again tells whose trouble it is
+            pass
+        return look(connection, part)
+
+    def _submit(self, work: Callable[..., R], *args: Any) -> Future[R]:  # noqa: ANN401
+        assert self._threads is not None  # noqa: S101 - or there is nobody to be given work
+        return self._threads.submit(work, *args)
+
+    # -- in a thread for each --------------------------------------------------------------------
+
+    def _welcome(self, helper: _Helper, address: str) -> None:
+        helper.tell(address)
+        helper.hear()
+        self._able.add(helper)
+        self._free.put(helper)
+
+    def _ask(self, look: Look[P, R], part: P) -> R:
+        helper = self._free.get()
+        if helper is None:
+            self._free.put(None)
+            raise EOFError("no helper is left")
+        try:
+            helper.tell((look, part))
+            found: R = helper.hear()
+        except BaseException:
+            self._able.discard(helper)  # whatever it is, it isn't asked again
+            if not self._able:
+                self._free.put(None)
+            raise
+        self._free.put(helper)
+        return found
+
+
+NO_HELP: Final = Helpers()
 
 
 def _look(look: Look[P, R], connection: Connection, part: P) -> Future[R]:
@@ -109,60 +161,111 @@ def _look(look: Look[P, R], connection: Connection, part: P) -> Future[R]:
     return future
 
 
-NO_HELP: Final = Helpers()
-
-
 @contextmanager
 def helpers_for(database: Database, connection: Connection) -> Generator[Helpers, None, None]:
     """Give as many helpers as there are processors to spare, where the log is worth it.
+
+    They begin to read with the first part that they are given.
 
     Args:
         database: What is read.
         connection: On which it is asked how long the log is.
     """
     position = connection.scalar(sa.select(log_head.c.position))
-    count = min(_processors() - 1, MOST_HELPERS)
-    if count < 1 or not isinstance(position, int) or position < MANY_EVENTS:
+    count = min(_processors() - 1, _allowed())
+    long = isinstance(position, int) and position >= MANY_EVENTS
+    if count < 1 or not long or getattr(sys, "frozen", False):  # then there is no interpreter
         yield NO_HELP
         return
-    # Not forked: this process has connections and threads that a copy of it would break.
-    pool = ProcessPoolExecutor(count, get_context("spawn"), _begin, (database.url,))
+    helpers = Helpers(count, database.address)
     try:
-        yield Helpers(pool, count)
+        yield helpers
     finally:
-        pool.shutdown(cancel_futures=True)
+        helpers.close()
+
+
+def _allowed() -> int:
+    said = os.environ.get(VARIABLE, "")
+    return int(said) if said.isdecimal() else MOST_HELPERS
+
+
+# What a container may use, in microseconds of so many: `150000 100000`, or `max 100000`.
+_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 
 
 def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        most, of = map(int, _QUOTA.read_text(encoding="ascii").split())
+        count = min(count, max(1, most // of))
+    return count
+
+
+class _Helper:
+    """An interpreter of our own, which looks at what it is told to."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(  # noqa: S603 - of nothing that anybody has given us
+            [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # what goes wrong is seen by looking once more here
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C is for whoever asked, who then ends it
+        )
+        assert self._process.stdin is not None  # noqa: S101 - for the type checkers
+        assert self._process.stdout is not None  # noqa: S101
+        self._to, self._from = self._process.stdin, self._process.stdout
+
+    def tell(self, what: object) -> None:
+        """Send something."""
+        pickle.dump(what, self._to, pickle.HIGHEST_PROTOCOL)
+        self._to.flush()
+
+    def hear(self) -> Any:  # noqa: ANN401 - what the look returns
+        """Wait for what it says.
+
+        Raises:
+            EOFError: It is gone.
+        """
+        return pickle.load(self._from)  # noqa: S301 - from our own process
+
+    def say_no_more(self) -> None:
+        """Let it end once it has nothing to do."""
+        with contextlib.suppress(OSError, ValueError):  # what it wasn't told yet isn't needed
+            self._to.close()
+
+    def end(self) -> None:
+        """See to it that it has ended; it holds nothing that could be lost."""
+        self.say_no_more()
+        try:
+            self._process.wait(GOODBYE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._from.close()
 
 
 # -- in a helper ---------------------------------------------------------------------------------
 
-_open: Final = ExitStack()
-_reading: list[tuple[Database, Connection]] = []
 
-
-def _begin(url: URL) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asked, who then ends it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def serve() -> None:
+    """Look at what comes on standard input, until that ends, as it does when the asker is gone."""
     gc.set_threshold(50_000, 20, 20)  # rows are many objects without cycles
-    database = Database(url)
-    connection = _open.enter_context(database.snapshot())
-    take_time(connection)
-    _reading.append((database, connection))
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        _serve(sys.stdin.buffer, sys.stdout.buffer)
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)  # else it would wait for parts for ever
-
-
-def _help(look: Look[Any, R], part: object) -> R:
-    ((database, connection),) = _reading
-    with database.dialect.translate():
-        return look(connection, part)
+def _serve(asking: IO[bytes], answering: IO[bytes]) -> None:
+    database = Database(pickle.load(asking))  # noqa: S301 - from the process that started this one
+    pickle.dump(None, answering)
+    answering.flush()
+    look, part = pickle.load(asking)  # noqa: S301
+    with database.snapshot() as connection:  # not before: what is to be seen is only now there
+        take_time(connection)
+        while True:
+            pickle.dump(look(connection, part), answering, pickle.HIGHEST_PROTOCOL)
+            answering.flush()
+            look, part = pickle.load(asking)  # noqa: S301

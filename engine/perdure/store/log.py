@@ -400,6 +400,7 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
                     work.head = done.head
                 return done
         except BaseException as error:  # noqa: BLE001 - every caller is told
+            cache.put_head(None)
             if done is not None:
                 cache.drop(fold.task_id for fold in done.transaction.touched)
             if isinstance(error, IntegrityError) and (again or not careful):

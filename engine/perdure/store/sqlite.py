@@ -354,10 +354,12 @@ class _Begun:
 
     def _roll_back(self) -> None:
         noticed = self._connection.get_transaction()
-        if noticed is not None:
-            noticed.rollback()
-        if self._raw.in_transaction:  # else SQLite has done it by itself, as on a full disk
-            self._raw.execute("ROLLBACK")
+        try:
+            if noticed is not None:
+                noticed.rollback()
+        finally:
+            if self._raw.in_transaction:  # else SQLite has done it by itself, as on a full disk
+                self._raw.execute("ROLLBACK")
 
 
 def _initialise(path: Path) -> None:

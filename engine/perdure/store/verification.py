@@ -14,7 +14,14 @@ from perdure.store.gaps import Gap, each_gap
 from perdure.store.helping import NO_HELP, Helpers
 from perdure.store.scanning import Progress, as_stored, page_of
 from perdure.store.schema import blobs, log_head, streams
-from perdure.store.walking import MOST_PROBLEMS, THERE, Walked, refused, stretches, walk
+from perdure.store.walking import (
+    EVENTS_ARE_THERE,
+    MOST_PROBLEMS,
+    Walked,
+    stretches,
+    tombstone_problem,
+    walk,
+)
 from perdure.text import one_line
 
 __all__ = ["VerifyReport", "verify"]
@@ -78,8 +85,7 @@ def verify(
     head = _verify_head(connection, report)
     whole = _Whole(report)
     for stretch, walked in helpers.each(connection, walk, stretches(connection, expect)):
-        # A helper may have seen a later state, with content redacted or archived since.
-        good = walked.head == (report.position, head) or walked.untouched(stretch)
+        good = not walked.later or walked.untouched(stretch)
         whole.take(walked if good else walk(connection, stretch))
         if progress is not None:
             progress(report.events, report.position)
@@ -141,11 +147,11 @@ class _Whole:
                 report.problem(f"{where}: version {expected} was expected")
         for task_id, position in walked.anew.items():
             if task_id in self.versions:
-                report.problem(f"position {position} ({task_id}): {THERE}")
+                report.problem(f"position {position} ({task_id}): {EVENTS_ARE_THERE}")
         self.versions.update(walked.versions)
         for said in walked.accepted:
             if self._tombstones.pop((said.task_id, said.version), None) != said.digest:
-                report.problem(refused(said))
+                report.problem(tombstone_problem(said))
         self._tombstones.update(walked.tombstones)
         self.blobs |= walked.blobs
 

@@ -30,10 +30,18 @@ from perdure.store import scanning
 from perdure.store.content import blob_digests
 from perdure.store.gaps import each_gap
 from perdure.store.scanning import NO_MOMENT, UNREADABLE, as_stored, moment_of, page_of
-from perdure.store.schema import events, log_head, streams
+from perdure.store.schema import events, streams
 from perdure.text import one_line
 
-__all__ = ["MOST_PROBLEMS", "Stretch", "Walked", "stretches", "walk"]
+__all__ = [
+    "EVENTS_ARE_THERE",
+    "MOST_PROBLEMS",
+    "Stretch",
+    "Walked",
+    "stretches",
+    "tombstone_problem",
+    "walk",
+]
 
 MOST_PROBLEMS: Final = 100
 
@@ -44,11 +52,13 @@ class Stretch(NamedTuple):
     Attributes:
         after: The position of the event before them; None where there is none.
         last: The position of the last of them.
+        end: The position of the last event of all, when they were divided.
         expect: A position, of these or not, and the digest that must stand there.
     """
 
     after: int | None
     last: int
+    end: int
     expect: tuple[int, str] | None = None
 
 
@@ -73,7 +83,7 @@ class Walked:
     """What was found along a stretch.
 
     Attributes:
-        head: The position and digest of the log's head, as they were meanwhile.
+        later: Whether this was seen of a later state, with content redacted or archived since.
         position: Where the walk has ended.
         digest: The digest that is stored there.
         events: How many there are.
@@ -90,7 +100,7 @@ class Walked:
         blobs: The digests of the content that is named.
     """
 
-    head: tuple[int, bytes] | None = None
+    later: bool = False
     position: int = 0
     digest: bytes = b""
     events: int = 0
@@ -129,7 +139,7 @@ def stretches(connection: Connection, expect: tuple[int, str] | None) -> Iterato
     while end is not None and after != end:
         further = ahead if after is None else ahead.where(events.c.position > after)
         found: int | None = connection.scalar(further)
-        stretch = Stretch(after, end if found is None else found, expect)
+        stretch = Stretch(after, end if found is None else found, end, expect)
         yield stretch
         after = stretch.last
 
@@ -173,10 +183,11 @@ def _rows_of(stretch: Stretch) -> sa.Select[*tuple[Any, ...]]:
     return rows if stretch.after is None else rows.where(events.c.position > stretch.after)
 
 
-def _head(connection: Connection) -> tuple[int, bytes] | None:
-    head = sa.select(log_head.c.position, as_stored(log_head.c.digest))
-    rows = connection.execute(head).all()
-    return (rows[0][0], rows[0][1]) if len(rows) == 1 else None
+def _altered_since(connection: Connection, end: int) -> bool:
+    """Return whether what stands up to ``end`` may look otherwise than when that was the last."""
+    altering = events.c.type.in_((Redacted.type, Archived.type))
+    found = sa.select(events.c.position).where(events.c.position > end, altering).limit(1)
+    return connection.execute(found).first() is not None
 
 
 def _digest_at(connection: Connection, position: int) -> bytes:
@@ -194,7 +205,7 @@ class _Walk:
     """The state of a walk."""
 
     def __init__(self, connection: Connection, stretch: Stretch) -> None:
-        self.walked = Walked(head=_head(connection))
+        self.walked = Walked(later=_altered_since(connection, stretch.end))
         self._from_start = stretch.after is None
         if stretch.after is not None:
             self.walked.position = stretch.after
@@ -282,7 +293,7 @@ class _Walk:
         if not isinstance(noted, Archived):
             return version
         if known is not None:
-            walked.problem(f"{_where(row)}: {THERE}")
+            walked.problem(f"{_where(row)}: {EVENTS_ARE_THERE}")
             return version
         walked.firsts.pop(task_id, None)
         walked.anew[task_id] = position
@@ -323,7 +334,7 @@ class _Walk:
             if here is None:
                 self.walked.accepted.append(said)
             elif here != digest:
-                self.walked.problem(refused(said))
+                self.walked.problem(tombstone_problem(said))
 
     def end(self) -> None:
         while self._gap is not None:
@@ -331,9 +342,9 @@ class _Walk:
             self._gap = next(self._gaps, None)
 
 
-THERE: Final = "it was archived, and its events are there"
+EVENTS_ARE_THERE: Final = "it was archived, and its events are there"
 
 
-def refused(said: Accepted) -> str:
+def tombstone_problem(said: Accepted) -> str:
     """Return the problem of a tombstone that isn't what it is said to be."""
     return f"{said.where}: the tombstone at version {said.version} is not the one that was left"
