@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from perdure.events import Submitted
 from perdure.store.claims import Scope, claim, left_by_status, register_worker
 from perdure.store.database import Database
+from perdure.store.feed import head_and_news
 from perdure.store.transaction import FoldCache, Transaction
 from store.backends import Backend, opened
 
@@ -80,3 +81,19 @@ def test_what_is_due_is_found_in_its_order(tmp_path: Path, scope: Scope, index: 
     plan = [row[3] for row in rows]
     assert any(step.split(" (")[0].endswith(f"USING INDEX {index}") for step in plan), plan
     assert not any("TEMP B-TREE" in step for step in plan), plan
+
+
+def test_what_is_new_is_found_without_what_was_before(tmp_path: Path) -> None:
+    """Following a task costs the same however long it is: the log is read from a position on.
+
+    On SQLite: what PostgreSQL does depends on its statistics.
+    """
+    database = Database(tmp_path / "log.db")
+    database.prepare()
+    with database.snapshot() as connection:
+        asked = head_and_news(["one", "other"], 1000).compile(
+            connection.engine, compile_kwargs={"literal_binds": True}
+        )
+        plan = [row[3] for row in connection.execute(sa.text(f"EXPLAIN QUERY PLAN {asked}"))]
+    assert "SEARCH events USING INTEGER PRIMARY KEY (rowid>?)" in plan, plan
+    assert "SEARCH streams USING INTEGER PRIMARY KEY (rowid=?)" in plan, plan

@@ -11,12 +11,12 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from perdure.errors import EngineClosed, PerdureError, TaskArchived
+from perdure.errors import DatabaseCorrupt, EngineClosed, PerdureError, TaskArchived
 from perdure.events import Archived, CancelRequested, Interrupted, RecordedEvent, decode
 from perdure.store.begun import Begun, Ended
 from perdure.store.database import Database
@@ -38,7 +38,7 @@ MOST_FOR_OWNERS: Final = 200
 # For what is being fetched when the log is closed: by a database that is gone, never.
 CATCH_UP_SECONDS: Final = 2.0
 
-SELECT_EVENTS: Final = sa.select(
+_EVENTS: Final = sa.select(
     events.c.position,
     streams.c.task_id,
     events.c.version,
@@ -46,7 +46,14 @@ SELECT_EVENTS: Final = sa.select(
     events.c.schema_version,
     events.c.data,
     events.c.recorded_at,
-).join_from(events, streams, events.c.stream_id == streams.c.stream_id)
+)
+SELECT_EVENTS: Final = _EVENTS.join_from(events, streams, events.c.stream_id == streams.c.stream_id)
+# For what is new. What is computed is in no index: so SQLite begins with the events after a
+# position, and not with the streams and all events of each, which a long task has many of.
+_SELECT_NEWS: Final = _EVENTS.join_from(
+    events, streams, streams.c.stream_id == events.c.stream_id + 0
+)
+_NAME: Final = streams.c.task_id + ""
 
 
 def recorded(row: sa.RowMapping) -> RecordedEvent:
@@ -326,20 +333,38 @@ async def _news(
     before: int,
 ) -> tuple[int, list[RecordedEvent]]:
     """Return the log's head and what is new: of ``late`` after ``before``, else after ``since``."""
-    head = int((await connection.execute(sa.select(log_head.c.position))).scalar_one())
-    missed = await _between(connection, late, before, since) if late and before < since else []
-    return head, missed + await _between(connection, wanted, since, head)
+    head, news = await _behind(connection, wanted, since)
+    if late and before < since:
+        _head, missed = await _behind(connection, late, before)
+        news = [one for one in missed if one.position <= since] + news
+    return head, news
 
 
-async def _between(
-    connection: AsyncConnection, wanted: tuple[str, ...], after: int, last: int
-) -> list[RecordedEvent]:
-    news = SELECT_EVENTS.where(events.c.position > after, events.c.position <= last)
-    if len(wanted) <= MOST_NAMED:
-        news = news.where(streams.c.task_id.in_(wanted))
-    rows = await connection.execute(news.order_by(events.c.position))
+async def _behind(
+    connection: AsyncConnection, wanted: tuple[str, ...], after: int
+) -> tuple[int, list[RecordedEvent]]:
+    """Return the log's head and the events of these streams after ``after``."""
+    rows = (await connection.execute(head_and_news(wanted, after))).mappings().all()
+    if not rows:
+        raise DatabaseCorrupt("the log has lost its head row: restore a backup")
     names = frozenset(wanted)
-    return [recorded(row) for row in rows.mappings() if row["task_id"] in names]
+    return rows[0]["head"], [recorded(row) for row in rows if row["task_id"] in names]
+
+
+def head_and_news(wanted: Sequence[str], after: int) -> sa.Select[*tuple[Any, ...]]:
+    """Return the statement for the log's head, beside each new event, if there is any.
+
+    One statement, since each takes several switches from thread to thread, and readers wait.
+    """
+    news = _SELECT_NEWS.where(events.c.position > after)
+    if len(wanted) <= MOST_NAMED:
+        news = news.where(_NAME.in_(wanted))
+    found = news.subquery()
+    return (
+        sa.select(log_head.c.position.label("head"), found)
+        .join_from(log_head, found, sa.true(), isouter=True)
+        .order_by(found.c.position)
+    )
 
 
 class Ending:
