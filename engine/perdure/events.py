@@ -506,4 +506,4 @@ def chain_link(
 ) -> bytes:
     """Return the same as `chain_digest`; ``tail`` is made by `link_tail`."""
     place = f"{position}\n{task_id}\n{version}{tail}".encode()
-    return sha256(b"%b%b%b" % (previous, place, data_digest)).digest()
+    return sha256(previous + place + data_digest).digest()

@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from perdure.errors import DatabaseCorrupt
+from perdure.errors import DatabaseCorrupt, InvalidConfig
 from perdure.events import Cancelled, Chunk
 from perdure.store import helping
 from perdure.store.database import Database
@@ -176,6 +176,13 @@ class TestEach:
             monkeypatch.setenv(VARIABLE, "0")
             with helpers_for(database, connection) as helpers:
                 assert helpers is NO_HELP
+            for rubbish in ("two", "-1", "1.5", "9" * 5000):
+                monkeypatch.setenv(VARIABLE, rubbish)
+                with (
+                    pytest.raises(InvalidConfig, match=VARIABLE),
+                    helpers_for(database, connection),
+                ):
+                    pass
             monkeypatch.delenv(VARIABLE)
             monkeypatch.setattr(helping, "_processors", lambda: 1)
             with helpers_for(database, connection) as helpers:

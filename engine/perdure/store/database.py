@@ -16,18 +16,20 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from perdure.errors import DatabaseIncompatible, StoreError
 from perdure.store.dialect import Dialect, Writer, stored_revision
 from perdure.store.readonly import Reader
 from perdure.store.sqlite import Sqlite
+
+if TYPE_CHECKING:  # who reads in threads or other processes does without (see `Dialect.readers`)
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 __all__ = ["Database", "Writer", "parse_url"]
 

@@ -8,16 +8,18 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from perdure.errors import DatabaseIncompatible
 from perdure.store import schema
 from perdure.store.readonly import Reader
+
+if TYPE_CHECKING:  # importing it takes as long as reading thousands of events
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 __all__ = [
     "ONE_MIGRATION",

@@ -27,6 +27,7 @@ from typing import IO, Any, Final, TypeVar
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from perdure.errors import InvalidConfig
 from perdure.store.database import Database
 from perdure.store.dialect import take_time
 from perdure.store.schema import log_head
@@ -52,6 +53,7 @@ OVERDUE_SECONDS: Final = 120.0
 GOODBYE_SECONDS: Final = 0.5
 # How many helpers there may be, where that is set; for who has little memory.
 VARIABLE: Final = "PERDURE_HELPERS"
+LONGEST_NUMBER: Final = 9
 
 
 class Helpers:
@@ -170,9 +172,12 @@ def helpers_for(database: Database, connection: Connection) -> Generator[Helpers
     Args:
         database: What is read.
         connection: On which it is asked how long the log is.
+
+    Raises:
+        InvalidConfig: The environment allows no number of them.
     """
-    position = connection.scalar(sa.select(log_head.c.position))
     count = min(_processors() - 1, _allowed())
+    position = connection.scalar(sa.select(log_head.c.position))
     long = isinstance(position, int) and position >= MANY_EVENTS
     if count < 1 or not long or getattr(sys, "frozen", False):  # then there is no interpreter
         yield NO_HELP
@@ -186,7 +191,11 @@ def helpers_for(database: Database, connection: Connection) -> Generator[Helpers
 
 def _allowed() -> int:
     said = os.environ.get(VARIABLE, "")
-    return int(said) if said.isdecimal() else MOST_HELPERS
+    if not said:
+        return MOST_HELPERS
+    if not said.isdecimal() or len(said) > LONGEST_NUMBER:
+        raise InvalidConfig(f"{VARIABLE}={said!r} is no number of processes: give 0 or more")
+    return int(said)
 
 
 # What a container may use, in microseconds of so many: `150000 100000`, or `max 100000`.
@@ -256,6 +265,7 @@ def serve() -> None:
     gc.set_threshold(50_000, 20, 20)  # rows are many objects without cycles
     with contextlib.suppress(EOFError, BrokenPipeError):
         _serve(sys.stdin.buffer, sys.stdout.buffer)
+    gc.freeze()  # or the interpreter looks for cycles among all that there is before it ends
 
 
 def _serve(asking: IO[bytes], answering: IO[bytes]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import orjson
 from sqlalchemy import (
+    TIMESTAMP,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -29,7 +30,6 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
 from perdure.events import ENDINGS, canonical

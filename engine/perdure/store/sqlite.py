@@ -16,14 +16,13 @@ import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from perdure.errors import DatabaseIncompatible, DatabaseUnavailable, StoreError
@@ -44,6 +43,9 @@ from perdure.store.readonly import (
     open_read_only,
     refuse_missing,
 )
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 __all__ = ["Sqlite", "SqliteWriter"]
 
@@ -155,6 +157,9 @@ class Sqlite(Dialect):
 
     def readers(self) -> AsyncEngine:
         """Make the pool of connections that can't write."""
+        # Not before it is needed: it brings SQLAlchemy's ORM along, of which nothing is used.
+        from sqlalchemy.ext.asyncio import create_async_engine
+
         url = self.url.set(drivername="sqlite+aiosqlite")
         if immutable(self.path):
             how = {"mode": "ro", "immutable": "1", "uri": "true"}

@@ -7,8 +7,9 @@ stream, is handed back as it is found.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -21,6 +22,7 @@ from perdure.events import (
     EVENT_TYPES,
     Archived,
     Redacted,
+    Submitted,
     chain_link,
     decode,
     link_tail,
@@ -29,7 +31,7 @@ from perdure.events import (
 from perdure.store import scanning
 from perdure.store.content import blob_digests
 from perdure.store.gaps import each_gap
-from perdure.store.scanning import NO_MOMENT, UNREADABLE, as_stored, moment_of, page_of
+from perdure.store.scanning import UNREADABLE, as_stored, moment_of, page_of
 from perdure.store.schema import events, streams
 from perdure.text import one_line
 
@@ -149,15 +151,17 @@ def walk(connection: Connection, stretch: Stretch) -> Walked:
     taking = _Walk(connection, stretch)
     walked = taking.walked
     expected, expected_digest = stretch.expect or (None, "")
-    take = taking.take
     rows = page_of(connection, _rows_of(stretch))
-    for row in rows:
+    done = 0
+    while (done := taking.pass_plain(rows, done)) < len(rows):
+        row = rows[done]
         try:
-            take(row)
+            taking.take(row)
         except UNREADABLE:
             walked.problem(f"position {row[0]}: the row is unreadable")
         if row[0] == expected and walked.digest.hex() != expected_digest:
             walked.problem(f"position {expected}: its digest is not the one expected")
+        done += 1
     walked.events = len(rows)
     taking.end()
     return walked
@@ -196,6 +200,26 @@ def _digest_at(connection: Connection, position: int) -> bytes:
     return digest if isinstance(digest, bytes) else b""
 
 
+# What these say is nothing that has to agree with others.
+_GOING_ON: Final = EVENT_TYPES.keys() - {Submitted.type, Redacted.type, Archived.type}
+
+
+def _begins_plainly(row: _EventRow) -> bool:
+    """Return whether it is a task's first event, and names no content that is stored apart."""
+    position, stream_id, version, type_, _, text, *_, task_id = row
+    there = task_id is not None and stream_id == position and version == 1
+    return there and type_ == Submitted.type and not _names_content(text)
+
+
+def _names_content(text: str) -> bool:
+    return '"blobs":{"' in text or '"files":' in text
+
+
+@lru_cache(maxsize=1024)  # all events of a transaction have one moment
+def _tail(type_: str, schema_version: int, at: object) -> str:
+    return link_tail(type_, schema_version, micros_of(moment_of(at)))
+
+
 def _where(row: _EventRow) -> str:
     """Say where an event stands."""
     return f"position {row[0]} ({row[8]} version {row[2]})"
@@ -213,10 +237,51 @@ class _Walk:
         self._gaps = each_gap(connection, stretch.after, stretch.last)
         self._gap = next(self._gaps, None)
         self._expect = stretch.expect
-        self._at: object = None
-        self._micros = micros_of(NO_MOMENT)
+
+    def pass_plain(self, rows: Sequence[_EventRow], begin: int) -> int:
+        """Take events that are the next of their tasks, and just as they were written.
+
+        Most are. The others are left to `take`, which would find nothing wrong with these either,
+        but takes three times as long.
+
+        Returns:
+            The index of the first, from ``begin`` on, that is left.
+        """
+        if self._gap is not None:
+            return begin
+        walked, from_start = self.walked, self._from_start
+        versions, firsts = walked.versions, walked.firsts
+        place, digest = walked.position, walked.digest
+        expected = None if self._expect is None else self._expect[0]
+        index = begin
+        try:
+            for index in range(begin, len(rows)):
+                position, _, number, type_, schema, text, at, kept, task_id = rows[index]
+                place += 1
+                plain = _begins_plainly(rows[index]) if number == 1 else type_ in _GOING_ON
+                if (
+                    not plain
+                    or position != place
+                    or position == expected
+                    or number != versions.get(task_id, 0) + 1
+                    or '"redacted":' in text
+                ):
+                    return index
+                inner = sha256(text.encode()).digest()
+                tail = _tail(type_, schema, at)
+                if chain_link(digest, position, task_id, number, tail, inner) != kept:
+                    return index
+                if number == 1 and not from_start:
+                    firsts[task_id] = First(position, number)
+                versions[task_id] = number
+                walked.position = position
+                walked.digest = digest = kept
+        except UNREADABLE:
+            return index
+        return len(rows)
 
     def take(self, row: _EventRow) -> None:
+        """Take an event, and note whatever is to be said of it."""
         walked = self.walked
         position, stream_id, number, type_, schema_version, text, at, kept, task_id = row
         stored = kept if isinstance(kept, bytes) else b""
@@ -240,17 +305,15 @@ class _Walk:
             walked.problem(f"{_where(row)}: its stream's key is {stream_id}")
         if type_ not in EVENT_TYPES:
             walked.problem(f"{_where(row)}: {type_!r} is no type of event")
-        if at != self._at:  # all events of a transaction have one
-            self._at, self._micros = at, micros_of(moment_of(at))
         redacted = b'"redacted":' in data
         data_digest = self._original_digest(row, data) if redacted else sha256(data).digest()
-        tail = link_tail(type_, schema_version, self._micros)
+        tail = _tail(type_, schema_version, at)
         digest = chain_link(previous, position, task_id, number, tail, data_digest)
         if digest != stored:
             walked.problem(f"{_where(row)}: the event, or what stands before it, was changed")
-        if type_ == "submitted" and (b'"blobs":{"' in data or b'"files":' in data):
+        if type_ == Submitted.type and _names_content(text):
             self._note_blobs(data)
-        elif type_ == "redacted":
+        elif type_ == Redacted.type:
             self._accept_tombstones(row, data)
 
     def _first_version(self, row: _EventRow) -> int:
