@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -16,7 +18,6 @@ from perdure_adapters._openai import (
     sdk_errors,
     typed_openai_error,
 )
-from perdure_adapters._sdk import within
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, AsyncStream
@@ -54,7 +55,17 @@ class Completions:
                 None if self._asks_for_usage else "the server can't report usage in a stream",
                 secrets=(self._endpoint.key,),
             )
-            while (chunk := await self._next(stream, reader)) is not _END:
+            # Not in a coroutine of its own, which would be made for every piece of text.
+            while not reader.ended:
+                try:
+                    chunk = await anext(stream, _END)
+                except reading_errors() as error:
+                    raise typed_openai_error(error, self._endpoint) from error
+                if chunk is _END:
+                    break
+                for event in reader.feed(chunk):
+                    yield event
+            while reader.ended and (chunk := await _last_words(stream)) is not _END:
                 for event in reader.feed(chunk):
                     yield event
         for event in reader.finish():
@@ -100,18 +111,17 @@ class Completions:
         except sdk_errors() as error:
             raise typed_openai_error(error, self._endpoint) from error
 
-    async def _next(self, stream: AsyncStream[ChatCompletionChunk], reader: ChatReader) -> object:
-        """Return the next chunk, or `_END`."""
-        try:
-            return await within(LAST_WORDS if reader.ended else None, anext(stream, _END))
-        except TimeoutError:
-            return _END
-        except reading_errors() as error:
-            # After the end marker only the count of tokens can be missing. The answer is whole,
-            # and asking for it again would cost it again.
-            if reader.ended:
-                return _END
-            raise typed_openai_error(error, self._endpoint) from error
+
+async def _last_words(stream: AsyncStream[ChatCompletionChunk]) -> object:
+    """Return the next chunk after the end marker, or `_END`.
+
+    Only the count of tokens can be missing then. The answer is whole, and asking for it again would
+    cost it again: so whatever goes wrong is the end.
+    """
+    with contextlib.suppress(TimeoutError, *reading_errors()):
+        async with asyncio.timeout(LAST_WORDS):
+            return await anext(stream, _END)
+    return _END
 
 
 def _is_about_usage(error: PlatformError) -> bool:

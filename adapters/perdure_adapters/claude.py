@@ -7,6 +7,8 @@ the log. A message that was cut off can't be picked up: how its task goes on is 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -24,7 +26,7 @@ from perdure_adapters._claude_request import message_body
 from perdure_adapters._endpoint import Endpoint
 from perdure_adapters._messages import MessagesReader
 from perdure_adapters._models import DEFAULT_MODELS
-from perdure_adapters._sdk import PerLoop, find_sdk, load_sdk, within
+from perdure_adapters._sdk import PerLoop, find_sdk, load_sdk
 from perdure_adapters._settings import Settings
 from perdure_adapters.base import AsyncBasePlatformAdapter
 
@@ -143,7 +145,17 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
                     before=reader,
                     secrets=(self._endpoint.key,),
                 )
-                while (event := await self._next(stream, reader)) is not _END:
+                # Not in a coroutine of its own, which would be made for every piece of text.
+                while not reader.stopped:
+                    try:
+                        event = await anext(stream, _END)
+                    except reading_errors() as error:
+                        raise typed_anthropic_error(error, self._endpoint) from error
+                    if event is _END:
+                        break
+                    for found in reader.feed(event):
+                        yield found
+                while reader.stopped and (event := await _last_words(stream)) is not _END:
                     for found in reader.feed(event):
                         yield found
             if not reader.paused:
@@ -188,16 +200,13 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
         except sdk_errors() as error:
             raise typed_anthropic_error(error, self._endpoint) from error
 
-    async def _next(
-        self, stream: AsyncStream[RawMessageStreamEvent], reader: MessagesReader
-    ) -> object:
-        """Return the next event, or `_END`."""
-        try:
-            # After the end marker nothing can follow, and nothing that goes wrong counts.
-            return await within(_LAST_BYTES if reader.stopped else None, anext(stream, _END))
-        except TimeoutError:
-            return _END
-        except reading_errors() as error:
-            if reader.stopped:
-                return _END
-            raise typed_anthropic_error(error, self._endpoint) from error
+
+async def _last_words(stream: AsyncStream[RawMessageStreamEvent]) -> object:
+    """Return the next event after the end marker, or `_END`.
+
+    The answer is whole: so whatever goes wrong is the end.
+    """
+    with contextlib.suppress(TimeoutError, *reading_errors()):
+        async with asyncio.timeout(_LAST_BYTES):
+            return await anext(stream, _END)
+    return _END
