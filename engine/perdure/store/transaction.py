@@ -40,7 +40,7 @@ from perdure.events import (
     micros_of,
 )
 from perdure.store.bulk import Bulk
-from perdure.store.direct import Statement, is_among
+from perdure.store.direct import Statement, is_among, together
 from perdure.store.projection import ChangingColumns, TaskFold, TaskRow
 from perdure.store.schema import blobs, events, log_head, streams, tasks
 
@@ -430,10 +430,11 @@ class Transaction:
                 )
                 written.append(RecordedEvent(position, task_id, version, event, at))
                 version += 1
-        _INSERT_STREAM.execute(self.connection, stream_rows)
-        _INSERT_EVENT.execute_bound(self.connection, event_rows)
-        self._flush_rows()
-        _MOVE_HEAD.change(self.connection, position, digest)
+        with together(self.connection):
+            _INSERT_STREAM.execute(self.connection, stream_rows)
+            _INSERT_EVENT.execute_bound(self.connection, event_rows)
+            self._flush_rows()
+            _MOVE_HEAD.change(self.connection, position, digest)
         for work in self._last:
             work()
         self.mark = position, digest
