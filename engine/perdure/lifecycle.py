@@ -306,9 +306,7 @@ def _completed(state: TaskState, event: Completed, at: datetime) -> TaskState:
         raise InvalidTransition(
             f"'completed' with {event.output_length} characters can't follow {state.length()}"
         )
-    values: list[Any] = list(state)  # not by `_changed`, for most tasks end like this
-    for name, value in _ended(state, event.usage, event.cost_usd, at).items():
-        values[_INDEX[name]] = value
+    values = _ended(state, event.usage, event.cost_usd, at)
     values[_AT.status] = TaskStatus.COMPLETED
     values[_AT.finish_reason] = event.finish_reason
     values[_AT.error_class] = values[_AT.error] = None
@@ -316,18 +314,17 @@ def _completed(state: TaskState, event: Completed, at: datetime) -> TaskState:
 
 
 def _failed(state: TaskState, event: Failed, at: datetime) -> TaskState:
-    return _changed(
-        state,
-        **_ended(state, event.usage, event.cost_usd, at),
-        status=TaskStatus.FAILED,
-        error_class=event.error_class,
-        error=event.message,
-    )
+    values = _ended(state, event.usage, event.cost_usd, at)
+    values[_AT.status] = TaskStatus.FAILED
+    values[_AT.error_class] = event.error_class
+    values[_AT.error] = event.message
+    return _new(TaskState, values)
 
 
 def _cancelled(state: TaskState, event: Cancelled, at: datetime) -> TaskState:
-    ended = _ended(state, event.usage, event.cost_usd, at)
-    return _changed(state, **ended, status=TaskStatus.CANCELLED)
+    values = _ended(state, event.usage, event.cost_usd, at)
+    values[_AT.status] = TaskStatus.CANCELLED
+    return _new(TaskState, values)
 
 
 def _redacted(state: TaskState, event: Redacted, at: datetime) -> TaskState:
@@ -381,14 +378,17 @@ def _from_archived(event: Archived) -> TaskState:
     )
 
 
-def _ended(
-    state: TaskState, usage: Usage | None, cost: float | None, at: datetime
-) -> dict[str, object]:
-    """Return what every ending changes."""
+def _ended(state: TaskState, usage: Usage | None, cost: float | None, at: datetime) -> list[Any]:
+    """Return the state's values with what every ending changes."""
+    values: list[Any] = list(state)  # not by `_changed`, for every task ends like this
+    values[_AT.version] += 1
+    values[_AT.worker] = None
+    values[_AT.ended_at] = at
     # A pending task's attempts are paid for, but for a call that was to be picked up again.
-    open_ = state.status is TaskStatus.RUNNING or state.next_mode == "reattach"
-    paid = _paid(state, usage, cost) if open_ else {}
-    return {**paid, "version": state.version + 1, "worker": None, "ended_at": at}
+    if state.status is TaskStatus.RUNNING or state.next_mode == "reattach":
+        for name, value in _paid(state, usage, cost).items():
+            values[_INDEX[name]] = value
+    return values
 
 
 def _paid(state: TaskState, usage: Usage | None, cost: float | None) -> dict[str, object]:

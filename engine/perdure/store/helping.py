@@ -212,12 +212,16 @@ def _processors() -> int:
     return count
 
 
+# What is loaded, and rows, are many objects without cycles.
+_LESS_GC: Final = "import gc; gc.set_threshold(50_000, 20, 20)"
+
+
 class _Helper:
     """An interpreter of our own, which looks at what it is told to."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(  # noqa: S603 - of nothing that anybody has given us
-            [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
+            [sys.executable, "-P", "-c", f"{_LESS_GC}; from {__name__} import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what goes wrong is seen by looking once more here
@@ -262,7 +266,6 @@ class _Helper:
 
 def serve() -> None:
     """Look at what comes on standard input, until that ends, as it does when the asker is gone."""
-    gc.set_threshold(50_000, 20, 20)  # rows are many objects without cycles
     with contextlib.suppress(EOFError, BrokenPipeError):
         _serve(sys.stdin.buffer, sys.stdout.buffer)
     gc.freeze()  # or the interpreter looks for cycles among all that there is before it ends
