@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psycopg
 import pytest
@@ -23,12 +24,16 @@ from perdure.store.database import Database
 from perdure.store.rebuilding import compare, rebuild
 from perdure.store.schema import Timestamp, tasks
 from perdure.store.verification import VerifyReport, verify
+from perdure.store.walking import _Walk
 from store.backends import AllBackends, Backend, opened
 from store.varied import TASK_IDS, tell
 
 EVENT_COLUMNS = (
     "position", "stream_id", "version", "type", "schema_version", "data", "recorded_at", "digest",
 )  # fmt: skip
+
+# So often all events are looked at closely, where the first look passes most of them.
+CLOSE_LOOKS = 4
 
 
 class Refused(Exception):
@@ -42,6 +47,7 @@ class Vandal:
         self._backend = backend
         self.connection = connection
         self.untouched = self.state()
+        self._looks = itertools.count()
 
     def run(self, sql: str, *parameters: Any) -> list[Any]:
         """Execute a statement and return its rows."""
@@ -86,6 +92,9 @@ class Vandal:
     def look(self) -> list[str]:
         """Return the problems found, and hold them to what a problem has to be."""
         problems = verify(self.connection).problems
+        if next(self._looks) % CLOSE_LOOKS == 0:
+            with mock.patch.object(_Walk, "pass_plain", lambda _self, _rows, begin: begin):
+                assert verify(self.connection).problems == problems  # it finds no more
         assert len(problems) <= 100
         for problem in problems:
             assert problem.isprintable(), problem
