@@ -59,6 +59,8 @@ class Completions:
             while not reader.ended:
                 try:
                     chunk = await anext(stream, _END)
+                except TimeoutError:  # of a transport that has no error of its own for it
+                    break
                 except reading_errors() as error:
                     raise typed_openai_error(error, self._endpoint) from error
                 if chunk is _END:

@@ -149,6 +149,8 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
                 while not reader.stopped:
                     try:
                         event = await anext(stream, _END)
+                    except TimeoutError:  # of a transport that has no error of its own for it
+                        break
                     except reading_errors() as error:
                         raise typed_anthropic_error(error, self._endpoint) from error
                     if event is _END:

@@ -20,11 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perdure import Engine, Task
-from perdure.errors import DatabaseIncompatible, DatabaseUnavailable, PerdureError, StoreError
+from perdure.errors import (
+    ConcurrencyError,
+    DatabaseIncompatible,
+    DatabaseUnavailable,
+    PerdureError,
+    StoreError,
+)
 from perdure.events import Chunk, Submitted, canonical
 from perdure.store import postgresql as postgresql_module
 from perdure.store import schema
 from perdure.store.database import Database
+from perdure.store.direct import MOST_BYTES_TOGETHER
 from perdure.store.readonly import Reader
 from perdure_adapters import DemoAdapter
 from servers.cutting import CuttingProxy
@@ -398,6 +405,20 @@ class TestSharing:
             kinds = sorted(type(outcome).__name__ for outcome in (first, second))
             assert kinds == ["DuplicateKey", "int"]
         assert postgresql.query(database_url, "SELECT count(*) FROM blobs") == [(32,)]
+
+    async def test_what_is_refused_is_told_by_nobody_else(
+        self, database_url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The driver says nothing of what was sent behind it; large and small alike."""
+        for first in (submitted(), submitted(prompt="x" * (MOST_BYTES_TOGETHER + 1))):
+            task_id = f"demo_{len(first.task['prompt'])}"
+            async with opened(database_url) as one, opened(database_url) as other:
+                both = [store.log.append(task_id, [first], 0) for store in (one, other)]
+                told = await asyncio.gather(*both, return_exceptions=True)
+                assert sorted(type(found).__name__ for found in told) == ["ConcurrencyError", "int"]
+                with pytest.raises(ConcurrencyError):
+                    await one.log.append(task_id, [first], 0)
+        assert [record for record in caplog.records if record.name.startswith("psycopg")] == []
 
     async def test_deadlocks_are_done_again(
         self, postgresql: Postgresql, database_url: str

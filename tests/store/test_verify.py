@@ -660,6 +660,24 @@ class TestExpect:
                 assert not [p for p in plain.problems if "redaction" not in p]
                 assert not verify(vandal.connection, expect=expect).ok
 
+    def test_an_event_before_the_first(self, vandal: Vandal) -> None:
+        """A task at the end of the log that begins with version 0, every digest right."""
+        head = vandal.positions()[-1]
+        with vandal.undone():
+            vandal.run(f"INSERT INTO streams VALUES ({head + 2}, 'smuggled', 1)")
+            for version, type_ in enumerate(("running", "submitted")):
+                vandal.run(
+                    f"INSERT INTO events SELECT {head + 1 + version}, {head + 2}, {version}, type, "
+                    f"schema_version, data, recorded_at, digest FROM events WHERE type = '{type_}' "
+                    "ORDER BY position DESC LIMIT 1"
+                )
+            vandal.run(f"UPDATE log_head SET position = {head + 2}")
+            self.rewrite(vandal, lambda row: row)
+            for page in range(2, 6):  # wherever the log is divided
+                with mock.patch("perdure.store.scanning.PAGE", page):
+                    problems = vandal.look()
+                assert any(problem.endswith("version 1 was expected") for problem in problems)
+
     def test_all_written_anew(self, vandal: Vandal) -> None:
         """A log that was rewritten from some event on is consistent; only the note finds it."""
         expect = self.expectation(vandal)

@@ -28,7 +28,7 @@ from perdure.store.dialect import Dialect, Writer, stored_revision
 from perdure.store.readonly import Reader
 from perdure.store.sqlite import Sqlite
 
-if TYPE_CHECKING:  # who reads in threads or other processes does without (see `Dialect.readers`)
+if TYPE_CHECKING:  # on SQLite, who reads in threads does without (see `Dialect.readers`)
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 __all__ = ["Database", "Writer", "parse_url"]

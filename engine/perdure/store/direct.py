@@ -27,6 +27,10 @@ __all__ = ["Statement", "execute", "is_among", "together"]
 
 Processor = Callable[[Any], Any]
 
+MOST_BYTES_TOGETHER: Final = 1_000_000
+# The PostgreSQL that ends a transaction which takes too long, whatever it waits for.
+FIRST_TO_END: Final = 17_00_00
+
 
 def execute(connection: Connection, sql: str, parameters: Any) -> Any:  # noqa: ANN401 - a driver's
     """Execute ``sql`` on the driver's connection and return its cursor.
@@ -43,27 +47,49 @@ def execute(connection: Connection, sql: str, parameters: Any) -> Any:  # noqa: 
 
 
 @contextmanager
-def together(connection: Connection) -> Generator[None, None, None]:
-    """Send the statements inside without waiting for the answer of each, where the driver can.
+def together(connection: Connection, size: int) -> Generator[None, None, None]:
+    """Send the statements inside without waiting for the answer of each, where that is well.
 
     None of them may depend on what another one answers, and what they answer isn't known: what is
     refused is raised at the end at the latest. A server in another room answers in half a
     millisecond, as often as it is waited for.
 
+    Args:
+        connection: Where they go.
+        size: How many bytes, about: a great many aren't to wait in memory.
+
     Raises:
         IntegrityError: The database refuses what was to be written.
         Exception: Whatever else the driver raises, as it is.
     """
-    raw: Any = connection.connection.dbapi_connection
-    driver = connection.dialect.loaded_dbapi
-    if connection.dialect.name != "postgresql" or not driver.Pipeline.is_supported():
+    if size > MOST_BYTES_TOGETHER or not _pipelines(connection):
         yield
         return
+    raw: Any = connection.connection.dbapi_connection
+    driver = connection.dialect.loaded_dbapi
+    first: Exception | None = None  # what goes wrong with the others comes of it
     try:
         with raw.pipeline():
-            yield
-    except driver.IntegrityError as error:
-        raise IntegrityError(None, None, error) from error
+            try:
+                yield
+            except (driver.Error, IntegrityError) as error:
+                first = error
+    except driver.Error as error:
+        first = first or error
+    if isinstance(first, driver.IntegrityError):
+        raise IntegrityError(None, None, first) from first
+    if first is not None:
+        raise first
+
+
+def _pipelines(connection: Connection) -> bool:
+    if connection.dialect.name != "postgresql":
+        return False
+    # Older servers don't count how long they wait for what follows in a pipeline, or after one:
+    # whoever stopped there would keep everybody waiting.
+    raw: Any = connection.connection.dbapi_connection
+    driver: Any = connection.dialect.loaded_dbapi
+    return bool(raw.info.server_version >= FIRST_TO_END and driver.Pipeline.is_supported())
 
 
 class Statement:

@@ -410,6 +410,7 @@ class Transaction:
         stream_rows: list[tuple[Any, ...]] = []
         event_rows: list[tuple[Any, ...]] = []
         written: list[RecordedEvent] = []
+        size = 0
         at, micros = self.at, micros_of(self.at)
         moment = _INSERT_EVENT.bound_value(self.connection.dialect, "recorded_at", at)
         for task_id, staged in self._staged.items():
@@ -425,12 +426,13 @@ class Transaction:
                 tail = link_tail(type_, schema, micros)
                 digest = chain_link(digest, position, task_id, version, tail, sha256(data).digest())
                 text = data.decode()
+                size += len(data)
                 event_rows.append(
                     (position, stream_id, version, type_, schema, text, moment, digest)
                 )
                 written.append(RecordedEvent(position, task_id, version, event, at))
                 version += 1
-        with together(self.connection):
+        with together(self.connection, size):
             _INSERT_STREAM.execute(self.connection, stream_rows)
             _INSERT_EVENT.execute_bound(self.connection, event_rows)
             self._flush_rows()

@@ -258,14 +258,12 @@ class _Walk:
             for index in range(begin, len(rows)):
                 position, _, number, type_, schema, text, at, kept, task_id = rows[index]
                 place += 1
-                plain = _begins_plainly(rows[index]) if number == 1 else type_ in _GOING_ON
-                if (
-                    not plain
-                    or position != place
-                    or position == expected
-                    or number != versions.get(task_id, 0) + 1
-                    or '"redacted":' in text
-                ):
+                known = versions.get(task_id)
+                if number == 1:  # what is before it, of whatever version, is too many
+                    plain = known is None and _begins_plainly(rows[index])
+                else:
+                    plain = known == number - 1 and type_ in _GOING_ON
+                if not plain or position != place or position == expected or '"redacted":' in text:
                     return index
                 inner = sha256(text.encode()).digest()
                 tail = _tail(type_, schema, at)
