@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -18,6 +17,7 @@ from perdure_adapters._openai import (
     sdk_errors,
     typed_openai_error,
 )
+from perdure_adapters._sdk import within
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, AsyncStream
@@ -121,8 +121,7 @@ async def _last_words(stream: AsyncStream[ChatCompletionChunk]) -> object:
     cost it again: so whatever goes wrong is the end.
     """
     with contextlib.suppress(TimeoutError, *reading_errors()):
-        async with asyncio.timeout(LAST_WORDS):
-            return await anext(stream, _END)
+        return await within(LAST_WORDS, anext(stream, _END))
     return _END
 
 

@@ -7,7 +7,6 @@ the log. A message that was cut off can't be picked up: how its task goes on is 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -26,7 +25,7 @@ from perdure_adapters._claude_request import message_body
 from perdure_adapters._endpoint import Endpoint
 from perdure_adapters._messages import MessagesReader
 from perdure_adapters._models import DEFAULT_MODELS
-from perdure_adapters._sdk import PerLoop, find_sdk, load_sdk
+from perdure_adapters._sdk import PerLoop, find_sdk, load_sdk, within
 from perdure_adapters._settings import Settings
 from perdure_adapters.base import AsyncBasePlatformAdapter
 
@@ -209,6 +208,5 @@ async def _last_words(stream: AsyncStream[RawMessageStreamEvent]) -> object:
     The answer is whole: so whatever goes wrong is the end.
     """
     with contextlib.suppress(TimeoutError, *reading_errors()):
-        async with asyncio.timeout(_LAST_BYTES):
-            return await anext(stream, _END)
+        return await within(_LAST_BYTES, anext(stream, _END))
     return _END
