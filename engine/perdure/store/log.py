@@ -36,8 +36,6 @@ Work = Callable[[Transaction], T]
 # Readers in this process learn of other processes' commits by a look. It costs a hundred
 # microseconds of processor time, nearly all of them for waking up.
 POLL_SECONDS: Final = 0.008
-# While it commits, a look costs the writer its turn as well.
-BUSY_POLL_SECONDS: Final = 0.01
 MAX_BATCH: Final = 1000
 # A busy writer tells other processes of its commits so often, an idle one at once.
 TELL_SECONDS: Final = 0.01
@@ -255,7 +253,7 @@ class EventLog:
                 self._tell(writer)
             now = time.monotonic()
             # Under load not after each commit: it gives the event loop a turn, and waits for its.
-            if not batch or now > looked + BUSY_POLL_SECONDS:
+            if not batch or now > looked + POLL_SECONDS:
                 looked = now
                 if writer.others_committed():
                     self._call(self.feed.others_committed)
