@@ -14,12 +14,12 @@ import contextlib
 import gc
 import os
 import pickle
-import queue
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
@@ -44,7 +44,7 @@ Look = Callable[[Connection, P], R]
 MANY_EVENTS: Final = 50_000
 # On a server each of them takes a connection.
 MOST_HELPERS: Final = 7
-# So many parts are given to each, so that it need not wait for the next.
+# So many parts are given to each at a time, so that it need not wait for the next.
 AHEAD: Final = 2
 # What is found is held until all before it is; so many parts at most.
 MOST_BEGUN: Final = 100
@@ -65,15 +65,10 @@ class Helpers:
     """
 
     def __init__(self, count: int = 0, address: str = "") -> None:
-        self._free: queue.SimpleQueue[_Helper | None] = queue.SimpleQueue()
-        self._able: set[_Helper] = set()  # those that are free or at work
         self._started: list[_Helper] = []
-        self._threads = ThreadPoolExecutor(count) if count else None
         for _ in range(count):
             with contextlib.suppress(OSError):  # no more processes, or no memory for them
-                helper = _Helper()
-                self._started.append(helper)
-                self._submit(self._welcome, helper, address)
+                self._started.append(_Helper(address))
 
     def close(self) -> None:
         """End them all."""
@@ -81,8 +76,6 @@ class Helpers:
             helper.say_no_more()
         for helper in self._started:
             helper.end()
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
 
     def each(
         self, connection: Connection, look: Look[P, R], parts: Iterable[P]
@@ -100,9 +93,9 @@ class Helpers:
         """
         begun: deque[tuple[P, Future[R]]] = deque()
         for part in parts:
-            given = sum(not future.done() for _part, future in begun)
-            if given < len(self._able) * AHEAD:
-                begun.append((part, self._submit(self._ask, look, part)))
+            helper = min(self._able, key=lambda able: able.waiting, default=None)
+            if helper is not None and helper.waiting < AHEAD:
+                begun.append((part, helper.ask(look, part)))
             else:  # they have enough to do
                 begun.append((part, _look(look, connection, part)))
             while begun and (begun[0][1].done() or len(begun) > MOST_BEGUN):
@@ -111,44 +104,20 @@ class Helpers:
         for part, future in begun:
             yield part, self._found(future, connection, look, part)
 
+    @property
+    def _able(self) -> list[_Helper]:
+        """Those who have begun, and were not lost."""
+        return [helper for helper in self._started if helper.able]
+
     def _found(self, future: Future[R], connection: Connection, look: Look[P, R], part: P) -> R:
         try:
             return future.result(OVERDUE_SECONDS)
         except TimeoutError:
-            self._able.clear()
             for helper in self._started:
                 helper.end()
         except Exception:  # noqa: BLE001, S110 - looking again tells whose trouble it is
             pass
         return look(connection, part)
-
-    def _submit(self, work: Callable[..., R], *args: Any) -> Future[R]:  # noqa: ANN401
-        assert self._threads is not None  # noqa: S101 - or there is nobody to be given work
-        return self._threads.submit(work, *args)
-
-    # -- in a thread for each --------------------------------------------------------------------
-
-    def _welcome(self, helper: _Helper, address: str) -> None:
-        helper.tell(address)
-        helper.hear()
-        self._able.add(helper)
-        self._free.put(helper)
-
-    def _ask(self, look: Look[P, R], part: P) -> R:
-        helper = self._free.get()
-        if helper is None:
-            self._free.put(None)
-            raise EOFError("no helper is left")
-        try:
-            helper.tell((look, part))
-            found: R = helper.hear()
-        except BaseException:
-            self._able.discard(helper)  # whatever it is, it isn't asked again
-            if not self._able:
-                self._free.put(None)
-            raise
-        self._free.put(helper)
-        return found
 
 
 NO_HELP: Final = Helpers()
@@ -217,9 +186,22 @@ _LESS_GC: Final = "import gc; gc.set_threshold(50_000, 20, 20)"
 
 
 class _Helper:
-    """An interpreter of our own, which looks at what it is told to."""
+    """An interpreter of our own, which looks at what it is told to.
 
-    def __init__(self) -> None:
+    What it is asked waits in a pipe, so that it goes on at once when it has answered; a thread
+    takes the answers. Both ends of that pipe have to do with other things in between.
+
+    Args:
+        address: Names the database.
+
+    Attributes:
+        able: Whether it can be asked.
+
+    Raises:
+        OSError: It can't be started.
+    """
+
+    def __init__(self, address: str) -> None:
         self._process = subprocess.Popen(  # noqa: S603 - of nothing that anybody has given us
             [sys.executable, "-P", "-c", f"{_LESS_GC}; from {__name__} import serve; serve()"],
             stdin=subprocess.PIPE,
@@ -231,19 +213,30 @@ class _Helper:
         assert self._process.stdin is not None  # noqa: S101 - for the type checkers
         assert self._process.stdout is not None  # noqa: S101
         self._to, self._from = self._process.stdin, self._process.stdout
+        self.able = False
+        self._asked: deque[Future[Any]] = deque()
+        self._changing = threading.Lock()
+        self._thread = threading.Thread(target=self._listen, args=(address,), daemon=True)
+        self._thread.start()
 
-    def tell(self, what: object) -> None:
-        """Send something."""
-        pickle.dump(what, self._to, pickle.HIGHEST_PROTOCOL)
-        self._to.flush()
+    @property
+    def waiting(self) -> int:
+        """How many parts it was asked for and has not answered yet."""
+        return len(self._asked)
 
-    def hear(self) -> Any:  # noqa: ANN401 - what the look returns
-        """Wait for what it says.
-
-        Raises:
-            EOFError: It is gone.
-        """
-        return pickle.load(self._from)  # noqa: S301 - from our own process
+    def ask(self, look: Look[P, R], part: P) -> Future[R]:
+        """Have it look at a part; only from the thread that made it."""
+        future: Future[R] = Future()
+        with self._changing:
+            if not self.able:
+                future.set_exception(EOFError("the helper is lost"))
+                return future
+            self._asked.append(future)
+        try:
+            self._tell((look, part))
+        except Exception:  # noqa: BLE001 - whatever it is, it isn't asked again
+            self._lose()
+        return future
 
     def say_no_more(self) -> None:
         """Let it end once it has nothing to do."""
@@ -258,7 +251,32 @@ class _Helper:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._thread.join()
         self._from.close()
+
+    def _tell(self, what: object) -> None:
+        pickle.dump(what, self._to, pickle.HIGHEST_PROTOCOL)
+        self._to.flush()
+
+    # -- in its thread ---------------------------------------------------------------------------
+
+    def _listen(self, address: str) -> None:
+        try:
+            self._tell(address)
+            pickle.load(self._from)  # noqa: S301 - from our own process
+            self.able = True
+            while True:
+                found: Any = pickle.load(self._from)  # noqa: S301
+                self._asked.popleft().set_result(found)
+        except BaseException:  # noqa: BLE001 - mostly that it is gone; it isn't asked again
+            self._lose()
+
+    def _lose(self) -> None:
+        with self._changing:
+            self.able = False
+            lost, self._asked = self._asked, deque()
+        for future in lost:
+            future.set_exception(EOFError("the helper is lost"))
 
 
 # -- in a helper ---------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ Work = Callable[[Transaction], T]
 # Readers in this process learn of other processes' commits by a look. It costs a hundred
 # microseconds of processor time, nearly all of them for waking up.
 POLL_SECONDS: Final = 0.008
-MAX_BATCH: Final = 1000
+MAX_BATCH: Final = 1000  # from so many on, no more are waited for
 # A busy writer tells other processes of its commits so often, an idle one at once.
 TELL_SECONDS: Final = 0.01
 CANCEL_AGAIN_SECONDS: Final = 0.5
@@ -93,7 +93,8 @@ class EventLog:
     def __init__(self, database: Database) -> None:
         self.feed = Feed(database)
         self._database = database
-        self._queue: queue.SimpleQueue[_Request[Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Request[Any]] | None] = queue.SimpleQueue()
+        self._gathered: list[_Request[Any]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._listener = database.dialect.listener(self._hear, lambda: self.feed.active)
@@ -136,7 +137,7 @@ class EventLog:
     def _look_for_others(self) -> None:
         """Begin to notice other processes' commits."""
         if self._listener is None:
-            self._queue.put(_NUDGE)
+            self._queue.put([])  # wakes the writer thread, which then looks
         elif self._listening is None and not self._closed:
             self._listening = asyncio.get_running_loop().create_task(self._listener.run())
 
@@ -195,8 +196,20 @@ class EventLog:
         if self._closed or self._loop is None:
             raise EngineClosed("the log is closed: nothing can be written any more")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._queue.put(_Request(work, streams, alone, future))
+        if not self._gathered:
+            self._loop.call_soon(self._hand_over)
+        self._gathered.append(_Request(work, streams, alone, future))
         return future
+
+    def _hand_over(self) -> None:
+        """Give the writer thread what has gathered in one turn of the event loop.
+
+        All at once: it would begin with the first that comes, and those who were answered together,
+        and go on together, would be parted into more and smaller transactions.
+        """
+        gathered, self._gathered = self._gathered, []
+        for begin in range(0, len(gathered), MAX_BATCH):
+            self._queue.put(gathered[begin : begin + MAX_BATCH])
 
     async def close(self) -> None:
         """Write what is waiting, then close the connection and end all readers."""
@@ -207,6 +220,7 @@ class EventLog:
         self.feed.close()
         if self._listening is not None:
             await _ended(self._listening)
+        self._hand_over()
         self._queue.put(None)
         thread = self._thread
         if thread is not None:
@@ -271,19 +285,16 @@ class EventLog:
     def _next_batch(self) -> tuple[list[_Request[Any]], bool]:
         """Wait for work and take all there is; False with it when the log is being closed."""
         batch: list[_Request[Any]] = []
-        try:
-            look = self._listener is None and self.feed.active
-            request = self._queue.get(timeout=POLL_SECONDS if look else None)
-            while True:
-                if request is None:
-                    return batch, False
-                if request is not _NUDGE:
-                    batch.append(request)
+        look = self._listener is None and self.feed.active
+        with contextlib.suppress(queue.Empty):
+            requests = self._queue.get(timeout=POLL_SECONDS if look else None)
+            while requests is not None:
+                batch += requests
                 if len(batch) >= MAX_BATCH:
                     return batch, True
-                request = self._queue.get_nowait()
-        except queue.Empty:
-            return batch, True
+                requests = self._queue.get_nowait()
+            return batch, False
+        return batch, True
 
     def _commit(self, writer: Writer, cache: FoldCache, batch: list[_Request[Any]]) -> None:
         alone = [request for request in batch if request.alone]
@@ -347,10 +358,10 @@ class EventLog:
             error = StoreError(f"the log's writer failed: {type(error).__name__}: {error}")
         self._broken = error
         self.feed.close(error)
+        self._hand_over()
         with contextlib.suppress(queue.Empty):
             while True:
-                request = self._queue.get_nowait()
-                if request is not None and request is not _NUDGE:
+                for request in self._queue.get_nowait() or ():
                     _fail(request.future, error)
 
     def _deliver(
@@ -455,10 +466,6 @@ async def _ended(task: asyncio.Task[None]) -> None:
         await asyncio.wait({task}, timeout=CANCEL_AGAIN_SECONDS)
 
 
-def _nothing(_transaction: Transaction) -> None:
-    return None
-
-
 # After these a task may be claimed.
 _FOR_WORKERS: Final = (Submitted, Interrupted, AttemptFailed)
 
@@ -473,7 +480,3 @@ def _leaves_work(written: Iterable[RecordedEvent]) -> bool:
         elif kind is Running:
             left.discard(recorded.task_id)
     return bool(left)
-
-
-# Wakes the writer thread so that it begins to look for others' commits.
-_NUDGE: Final[_Request[Any]] = _Request(_nothing, (), False, future=None)  # type: ignore[arg-type]
