@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in given.names if name not in known]
     if unknown:
         return _fail(f"there is no benchmark {unknown[0]!r}: --list shows which there are")
+    if not given.small and not given.page.is_file():  # before an hour has gone into it
+        return _fail(f"there is no {given.page}: --page names a file to bring up to date")
     try:
         if not given.render:
             _measure([known[name] for name in given.names or known], given)

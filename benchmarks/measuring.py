@@ -1,4 +1,4 @@
-"""What a measurement is: rounds of ours and its rival, in turns, and what comes of them. Pure.
+"""What a measurement is: rounds of ours and its rival, in turns, and what comes of them.
 
 Machines differ, and so does one machine from minute to minute. So nothing is judged by itself: in
 every round ours and its rival are measured one after the other, each round gives one figure (mostly
@@ -7,6 +7,7 @@ ours divided by the rival's), and the median of the rounds is what counts.
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -143,13 +144,15 @@ def in_turns(
 ) -> dict[str, tuple[float, ...]]:
     """Measure every subject once a round, and return name -> one value a round.
 
-    Each round begins with another subject, so that none always follows the same one.
+    Each round begins with another subject, so that none always follows the same one. What one has
+    left for the disk is written before the next begins, which would wait for it otherwise.
     """
     values: dict[str, list[float]] = {name: [] for name in subjects}
     names = list(subjects)
     for turn in range(rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
+            os.sync()
             values[name].append(subjects[name]())
     return {name: tuple(measured) for name, measured in values.items()}
 
