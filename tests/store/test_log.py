@@ -71,6 +71,21 @@ class TestGroupCommit:
         assert await asyncio.gather(*waiting) == [1] * 100
         assert len(commits) <= 3  # the one that was held, theirs, and of some who came before it
 
+    async def test_one_turn_of_the_event_loop(self, store: Store, commits: list[int]) -> None:
+        """What is handed in without waiting in between is one transaction, also where none runs."""
+        waiting = [store.log.append(f"task_{number}", (submitted(),), 0) for number in range(100)]
+        assert await asyncio.gather(*waiting) == [1] * 100
+        assert len(commits) == 1
+
+    async def test_more_than_are_waited_for(
+        self, store: Store, commits: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A great many are parted, and all of them are written."""
+        monkeypatch.setattr(log_module, "MAX_BATCH", 30)
+        waiting = [store.log.append(f"task_{number}", (submitted(),), 0) for number in range(100)]
+        assert await asyncio.gather(*waiting) == [1] * 100
+        assert len(commits) == 4
+
     async def test_one_after_another(self, store: Store, commits: list[int]) -> None:
         """Who waits for each append gets a commit for each."""
         for number in range(5):

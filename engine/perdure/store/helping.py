@@ -67,7 +67,8 @@ class Helpers:
     def __init__(self, count: int = 0, address: str = "") -> None:
         self._started: list[_Helper] = []
         for _ in range(count):
-            with contextlib.suppress(OSError):  # no more processes, or no memory for them
+            # No more processes or threads, or no memory for them.
+            with contextlib.suppress(OSError, RuntimeError):
                 self._started.append(_Helper(address))
 
     def close(self) -> None:
@@ -188,8 +189,8 @@ _LESS_GC: Final = "import gc; gc.set_threshold(50_000, 20, 20)"
 class _Helper:
     """An interpreter of our own, which looks at what it is told to.
 
-    What it is asked waits in a pipe, so that it goes on at once when it has answered; a thread
-    takes the answers. Both ends of that pipe have to do with other things in between.
+    What it is asked waits in a pipe, so that it goes on at once when it has answered. A thread
+    takes the answers, whatever the one that asks is doing.
 
     Args:
         address: Names the database.
@@ -199,6 +200,7 @@ class _Helper:
 
     Raises:
         OSError: It can't be started.
+        RuntimeError: There are no more threads.
     """
 
     def __init__(self, address: str) -> None:
