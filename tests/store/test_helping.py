@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import sqlalchemy as sa
@@ -164,6 +166,34 @@ class TestEach:
         with database.snapshot() as connection, helpers_for(database, connection) as helpers:
             found = list(helpers.each(connection, name, range(50)))
         assert {who for _, (_, who) in found} == {os.getpid()}
+
+    def test_no_more_threads(self, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where there is no thread for a helper, there is no helper, and none is left behind."""
+        started: list[subprocess.Popen[bytes]] = []
+
+        class Noted(subprocess.Popen[bytes]):
+            def __init__(self, *args: object, **how: object) -> None:
+                super().__init__(*args, **how)  # type: ignore[call-overload]
+                started.append(self)
+
+        def refuse(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(subprocess, "Popen", Noted)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        helpers = Helpers(2, log)
+        assert helpers._started == []
+        assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+
+    def test_interrupted_while_asking(self, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who goes on after Ctrl-C gets no answer to what was asked before."""
+        with helped(log) as (connection, helpers):
+            with monkeypatch.context() as patched:
+                patched.setattr(helping._Helper, "_tell", mock.Mock(side_effect=KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    list(helpers.each(connection, stumble, [0, 1, 2]))
+            assert list(helpers.each(connection, stumble, [4, 5, 6])) == [(4, 4), (5, 5), (6, 6)]
+            assert len(helpers._able) == 1
 
     def test_short_logs(self, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """For a short log, with one processor, or where nobody wants it, nobody is called."""

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.harness import eventually
 from perdure import Engine, Task
 from perdure.errors import (
     ConcurrencyError,
@@ -28,6 +29,7 @@ from perdure.errors import (
     StoreError,
 )
 from perdure.events import Chunk, Submitted, canonical
+from perdure.store import log as log_module
 from perdure.store import postgresql as postgresql_module
 from perdure.store import schema
 from perdure.store.database import Database
@@ -539,6 +541,25 @@ class TestHearing:
             told = [n.payload for n in plain.notifies(timeout=1, stop_after=1)]
             more = [n.payload for n in plain.notifies(timeout=0.2)]
         assert [payload.partition(" ")[2] for payload in told + more] == ["w"]
+
+    async def test_a_busy_writer(
+        self, postgresql: Postgresql, database_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It doesn't tell of each commit, but of the last one, too, and without being closed."""
+        monkeypatch.setattr(log_module, "TELL_SECONDS", 0.3)
+        with postgresql.server.connect(postgresql.name(database_url)) as plain:
+            plain.execute("LISTEN perdure")
+            async with opened(database_url) as store:
+                began = time.monotonic()
+                version = await store.start("task")
+                for offset in range(50):
+                    chunk = Chunk(text="x", offset=offset)
+                    version = await store.log.append("task", [chunk], version)
+                await eventually(lambda: store.log._untold is None)
+                most = (time.monotonic() - began) / 0.3 + 1
+                told = list(plain.notifies(timeout=0.2))
+            assert 2 <= len(told) <= most
+            assert list(plain.notifies(timeout=0.2)) == []
 
 
 def test_json_of_events_can_be_queried(postgresql: Postgresql, database_url: str) -> None:

@@ -219,7 +219,14 @@ class _Helper:
         self._asked: deque[Future[Any]] = deque()
         self._changing = threading.Lock()
         self._thread = threading.Thread(target=self._listen, args=(address,), daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._process.kill()
+            self._process.wait()
+            self._to.close()
+            self._from.close()
+            raise
 
     @property
     def waiting(self) -> int:
@@ -236,8 +243,10 @@ class _Helper:
             self._asked.append(future)
         try:
             self._tell((look, part))
-        except Exception:  # noqa: BLE001 - whatever it is, it isn't asked again
+        except BaseException as error:  # whatever it is, it isn't asked again
             self._lose()
+            if not isinstance(error, Exception):
+                raise
         return future
 
     def say_no_more(self) -> None:

@@ -103,6 +103,7 @@ class EventLog:
         self._closed = False
         self._broken: StoreError | None = None
         self._untold: bool | None = None  # what others are to be told: whether there is work
+        self._tell_at = 0.0  # and not before
 
     async def open(self) -> None:
         """Start the writer thread.
@@ -251,7 +252,7 @@ class EventLog:
             writer.close()
 
     def _serve(self, writer: Writer, cache: FoldCache) -> None:
-        others_until = told = looked = 0.0
+        others_until = looked = 0.0
         open_ = True
         while open_:
             batch, open_ = self._next_batch()
@@ -260,10 +261,7 @@ class EventLog:
                 # A failing checkpoint is tried again; the commit before it is durable all the same.
                 with contextlib.suppress(StoreError):
                     writer.checkpoint_if_due()
-            if self._untold is not None and (
-                self._queue.empty() or time.monotonic() > told + TELL_SECONDS
-            ):
-                told = time.monotonic()
+            if self._untold is not None and (time.monotonic() >= self._tell_at or not open_):
                 self._tell(writer)
             now = time.monotonic()
             # Under load not after each commit: it gives the event loop a turn, and waits for its.
@@ -278,6 +276,7 @@ class EventLog:
     def _tell(self, writer: Writer) -> None:
         """Tell other processes what was committed since they were last told."""
         work, self._untold = bool(self._untold), None
+        self._tell_at = time.monotonic() + TELL_SECONDS
         # They look for themselves from time to time, and the next transaction mends the connection.
         with contextlib.suppress(StoreError):
             writer.announce(work=work)
@@ -286,8 +285,11 @@ class EventLog:
         """Wait for work and take all there is; False with it when the log is being closed."""
         batch: list[_Request[Any]] = []
         look = self._listener is None and self.feed.active
+        timeout = POLL_SECONDS if look else None
+        if self._untold is not None:
+            timeout = max(0.0, self._tell_at - time.monotonic())
         with contextlib.suppress(queue.Empty):
-            requests = self._queue.get(timeout=POLL_SECONDS if look else None)
+            requests = self._queue.get(timeout=timeout)
             while requests is not None:
                 batch += requests
                 if len(batch) >= MAX_BATCH:
