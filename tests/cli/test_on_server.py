@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,3 +166,27 @@ def test_passwords_are_not_shown(url: str, perdure: Perdure, refused: Refused) -
         assert "sesame" not in done.out + done.err
     away = "postgresql://me:sesame@127.0.0.1:1/x"
     assert "sesame" not in refused(away, "list")
+
+
+_WITHOUT_A_DRIVER = """
+import sys
+sys.modules["psycopg"] = None
+from perdure.cli.main import run
+for command in ("list", "sql", "sql SELECT", "show x", "tail x", "stats", "verify", "cancel x"):
+    print(run([*command.split(), "--db", "postgresql://me@127.0.0.1:1/x"]))
+"""
+
+
+def test_no_driver() -> None:
+    """Where the driver isn't installed, each command says so, and how to get it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_A_DRIVER],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    codes, said = done.stdout.splitlines(), done.stderr.splitlines()
+    hint = "perdure: for PostgreSQL a driver is missing: pip install 'perdure[postgres]'"
+    assert said == [hint] * len(codes)
+    assert codes == ["1"] * 8

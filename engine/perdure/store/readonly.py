@@ -91,9 +91,9 @@ class Reader:
             DatabaseIncompatible: It isn't perdure's, is still empty, or of another schema.
         """
         if on_server(url):
-            from perdure.store.database import parse_url
+            from perdure.store.database import Database
 
-            parse_url(url)  # says what is wrong with it, and whether the driver is there
+            Database(url)  # says what is wrong with it, and whether the driver is there
             from perdure.store.postgresql_reader import PostgresqlReader
 
             return PostgresqlReader(url)
