@@ -52,6 +52,11 @@ class Session:
             return small
         return full if self.full and full is not None else usual
 
+    @property
+    def many_rounds(self) -> int:
+        """How often to measure what differs a lot from round to round."""
+        return 2 * self.rounds
+
     # -- files -----------------------------------------------------------------------------------
 
     def place(self, name: str) -> Path:

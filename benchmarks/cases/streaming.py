@@ -20,7 +20,6 @@ from perdure import Engine, Task
 from perdure.worker import WorkerSettings
 
 STREAMS: Final = 200
-ROUNDS_MORE: Final = 2
 
 
 def measure(session: Session) -> Sequence[Row]:
@@ -34,8 +33,7 @@ def measure(session: Session) -> Sequence[Row]:
             arguments = (session, client, address, streams, deltas)
             subjects[f"perdure over {client.name}"] = partial(_run, _ours, *arguments)
             subjects[f"bare {client.name}"] = partial(_run, _bare, *arguments)
-        # It takes seconds, and varies a lot.
-        found = samples("deltas/s", subjects, session.rounds * ROUNDS_MORE)
+        found = samples("deltas/s", subjects, session.many_rounds)
     return [
         Row(
             f"over {client.name}",

@@ -23,7 +23,6 @@ from benchmarks.tasking import clients
 from perdure.events import encode
 
 AT_ONCE: Final = 200
-ROUNDS_MORE: Final = 2
 OURS, ON_SERVER = "perdure", "perdure, PostgreSQL"
 USUAL: Final = "perdure, Python's usual garbage collection"
 # What each peer has to be beaten by; huey keeps no history, so being level with it is enough.
@@ -48,8 +47,7 @@ def measure(session: Session) -> Sequence[Row]:
         "bare sqlite3, four awaited events": lambda: asyncio.run(_bare(session, count, at_once)),
     }
     peers = peer_subjects(session, "tasks", session.size(600, 10), at_once)
-    # The figures of single rounds lie far apart.
-    found = samples("tasks/s", {**subjects, **peers}, session.rounds * ROUNDS_MORE)
+    found = samples("tasks/s", {**subjects, **peers}, session.many_rounds)
     rows = [
         Row(
             "against four bare events",

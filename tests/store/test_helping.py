@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -169,17 +170,17 @@ class TestEach:
 
     def test_no_more_threads(self, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where there is no thread for a helper, there is no helper, and none is left behind."""
+        popen = subprocess.Popen
         started: list[subprocess.Popen[bytes]] = []
 
-        class Noted(subprocess.Popen[bytes]):
-            def __init__(self, *args: object, **how: object) -> None:
-                super().__init__(*args, **how)  # type: ignore[call-overload]
-                started.append(self)
+        def noted(*command: Any, **how: Any) -> subprocess.Popen[bytes]:
+            started.append(popen(*command, **how))
+            return started[-1]
 
         def refuse(_thread: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(subprocess, "Popen", Noted)
+        monkeypatch.setattr(subprocess, "Popen", noted)
         monkeypatch.setattr(threading.Thread, "start", refuse)
         helpers = Helpers(2, log)
         assert helpers._started == []

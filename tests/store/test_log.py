@@ -77,7 +77,7 @@ class TestGroupCommit:
         assert await asyncio.gather(*waiting) == [1] * 100
         assert len(commits) == 1
 
-    async def test_more_than_are_waited_for(
+    async def test_more_than_fit_in_one(
         self, store: Store, commits: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A great many are parted, and all of them are written."""

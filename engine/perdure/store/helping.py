@@ -272,15 +272,14 @@ class _Helper:
     # -- in its thread ---------------------------------------------------------------------------
 
     def _listen(self, address: str) -> None:
-        try:
+        with contextlib.suppress(Exception):  # whatever it is, mostly that it is gone: it is lost
             self._tell(address)
             pickle.load(self._from)  # noqa: S301 - from our own process
             self.able = True
             while True:
-                found: Any = pickle.load(self._from)  # noqa: S301
+                found: Any = pickle.load(self._from)  # noqa: S301 - as above
                 self._asked.popleft().set_result(found)
-        except BaseException:  # noqa: BLE001 - mostly that it is gone; it isn't asked again
-            self._lose()
+        self._lose()
 
     def _lose(self) -> None:
         with self._changing:

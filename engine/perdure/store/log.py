@@ -36,7 +36,7 @@ Work = Callable[[Transaction], T]
 # Readers in this process learn of other processes' commits by a look. It costs a hundred
 # microseconds of processor time, nearly all of them for waking up.
 POLL_SECONDS: Final = 0.008
-MAX_BATCH: Final = 1000  # from so many on, no more are waited for
+MAX_BATCH: Final = 1000  # from so many on, the rest is for the next transaction
 # A busy writer tells other processes of its commits so often, an idle one at once.
 TELL_SECONDS: Final = 0.01
 CANCEL_AGAIN_SECONDS: Final = 0.5
@@ -282,7 +282,10 @@ class EventLog:
             writer.announce(work=work)
 
     def _next_batch(self) -> tuple[list[_Request[Any]], bool]:
-        """Wait for work and take all there is; False with it when the log is being closed."""
+        """Wait for work and take all there is; False with it when the log is being closed.
+
+        Without work it returns when it is time to look for others' commits, or to tell of ours.
+        """
         batch: list[_Request[Any]] = []
         look = self._listener is None and self.feed.active
         timeout = POLL_SECONDS if look else None
