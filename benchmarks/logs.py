@@ -67,7 +67,7 @@ def _write(database: Path | str, tasks: Iterator[tuple[str, tuple[Event, ...]]])
         while left:
             left = False
             with writer.transaction() as connection:
-                transaction = Transaction(connection, FoldCache(), writer.now())
+                transaction = Transaction(connection, FoldCache(), writer.now)
                 page: list[tuple[str, tuple[Event, ...]]] = []
                 for task in tasks:
                     page.append(task)

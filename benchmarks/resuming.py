@@ -70,7 +70,7 @@ def make_batch(database: Path, source: Path, rows: int) -> None:
         page = min(left, _ROWS_A_COMMIT)
         left -= page
         with writer.transaction() as connection:
-            transaction = Transaction(connection, FoldCache(), writer.now())
+            transaction = Transaction(connection, FoldCache(), writer.now)
             finished = dict(_finished(*next(lines)) for _ in range(page))
             transaction.prefetch(finished)
             transaction.prefetch_keys(

@@ -149,7 +149,7 @@ class _Unchained(Transaction):
             )
         return version
 
-    def prefetch(self, task_ids: Any) -> None:  # noqa: ANN401 - not used
+    def prefetch(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - not used
         return
 
     def flush(self) -> tuple[int, list[RecordedEvent]]:

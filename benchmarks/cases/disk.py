@@ -61,7 +61,7 @@ def _long_outputs(session: Session, tasks: int) -> Path:
             Completed(finish_reason="stop", output_length=pieces * len(_PIECE)),
         )
         with writer.transaction() as connection:
-            transaction = Transaction(connection, FoldCache(), writer.now())
+            transaction = Transaction(connection, FoldCache(), writer.now)
             transaction.append(task_id_of(number), events, 0)
             transaction.flush()
         writer.checkpoint_if_due()

@@ -46,7 +46,7 @@ def tell_all(
     try:
         for task_id, events, at in told:
             with writer.transaction() as connection:
-                transaction = Transaction(connection, FoldCache(), at)
+                transaction = Transaction(connection, FoldCache(), lambda at=at: at)
                 transaction.put_blobs(blobs or {})
                 transaction.append(task_id, events, None)
                 transaction.flush()

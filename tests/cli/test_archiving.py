@@ -323,7 +323,7 @@ def write_many(path: Path) -> None:
     writer = Database(path).writer()
     try:
         with writer.transaction() as connection:
-            transaction = Transaction(connection, FoldCache(), NOON)
+            transaction = Transaction(connection, FoldCache(), lambda: NOON)
             for n in range(3000):
                 transaction.append(f"demo_{n}", (asked("x" * 100), Cancelled(by="me")), 0)
             transaction.flush()

@@ -145,8 +145,8 @@ class TestDoctor:
         assert found["tasks"]["value"] == "1 pending, 1 running"
         writer = Database(story).writer()
         with writer.transaction() as connection:
-            register_worker(Transaction(connection, FoldCache(), datetime.now(UTC)), "here")
-            gone = Transaction(connection, FoldCache(), NOON - timedelta(days=1))
+            register_worker(Transaction(connection, FoldCache(), lambda: datetime.now(UTC)), "here")
+            gone = Transaction(connection, FoldCache(), lambda: NOON - timedelta(days=1))
             register_worker(gone, "gone")
         writer.close()
         found = findings(perdure("doctor", "--json"))

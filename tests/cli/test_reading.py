@@ -48,7 +48,7 @@ def redact_content(path: Path, task_id: str) -> None:
     """Remove a task's content as `perdure redact` does."""
     writer = Database(path).writer()
     with writer.transaction() as connection:
-        transaction = Transaction(connection, FoldCache(), NOON)
+        transaction = Transaction(connection, FoldCache(), lambda: NOON)
         redact(transaction, task_id, "me", None)
         transaction.flush()
     writer.close()

@@ -24,6 +24,7 @@ class CuttingProxy:
             server, or `after` the server has done it and before the client hears of it.
         cuts: How many connections were cut at a commit.
         deaf: Whether notifications are swallowed.
+        waits: How often a client was told that the server is ready, for which it waits.
     """
 
     def __init__(self, url: str) -> None:
@@ -34,6 +35,7 @@ class CuttingProxy:
         self.cut: str | None = None
         self.cuts = 0
         self.deaf = False
+        self.waits = 0
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._flowing = threading.Event()
@@ -128,7 +130,10 @@ class CuttingProxy:
             while message := pair.message():
                 self._flowing.wait()
                 if pair.mute:
-                    return  # the server has answered: it is done
+                    if message[:1] == b"C" and b"COMMIT" in message:
+                        return  # it is done
+                    continue
+                self.waits += message[:1] == b"Z"
                 if message[:1] == b"A" and self.deaf:
                     continue
                 pair.client.sendall(message)

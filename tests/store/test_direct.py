@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Generator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from perdure.store import bulk, direct
 from perdure.store.bulk import Bulk
 from perdure.store.database import Database
 from perdure.store.direct import Statement, is_among
-from perdure.store.schema import blobs, streams
+from perdure.store.schema import blobs, streams, tasks
 
+NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 _STREAMS = Statement(
     sa.select(streams.c.stream_id, streams.c.task_id)
     .where(is_among(streams.c.task_id, "names"), streams.c.version > 0)
@@ -84,16 +86,45 @@ def test_much_text_is_sent_in_parts(
     """No statement grows without limit, for reading it takes a server ever longer."""
     sizes: list[int] = []
 
-    def execute(connection: Connection, sql: str, parameters: Any) -> Any:
-        sizes.append(sum(len(value) for value in parameters if isinstance(value, str)))
-        return direct.execute(connection, sql, parameters)
+    def defer(connection: Connection, sql: str, parameters: Any) -> None:
+        values = parameters.values() if isinstance(parameters, dict) else parameters
+        sizes.append(sum(len(value) for value in values if isinstance(value, str)))
+        direct.defer(connection, sql, parameters)
 
-    monkeypatch.setattr(bulk, "execute", execute)
+    monkeypatch.setattr(bulk, "defer", defer)
     rows = [(f"digest_{n}", size, bytes(size)) for n, size in enumerate([10**6, 3 * 10**6] * 4)]
     Bulk(blobs, ("digest", "size", "data")).execute(connection, rows)
     assert max(sizes) < 7 * 10**6  # one alone, at two letters a byte
     found = connection.execute(sa.select(blobs).order_by(blobs.c.digest)).all()
     assert [(row.digest, row.size, bytes(row.data)) for row in found] == rows
+
+
+_COLUMNS = ("stream_id", "model", "input_tokens", "cost_usd", "cancel_requested", "labels")
+_ALIKE = (None, 7, 0.5, True, '{"a":"b"}')
+_SOME: list[tuple[Any, ...]] = [
+    ('gemini \\" é', None, 1e-7, False, '{"a":[1,null]}'),
+    (None, 2**40, None, True, "{}"),
+    ("", 0, 0.0, False, '{"a":"b"}'),
+]
+
+
+@pytest.mark.parametrize("values", [[_ALIKE], [_ALIKE] * 5, _SOME, [*_SOME, _ALIKE], _SOME[:1]])
+def test_values_alike_and_not(connection: Connection, values: list[tuple[Any, ...]]) -> None:
+    """Rows are changed to what they are given, whether columns hold the same or nothing."""
+    at = {"submitted_at": NOON, "available_at": NOON}
+    plain = {"status": "pending", "platform": "demo", "priority": 0, "attempts": 0, **at}
+    before = {"model": "old", "input_tokens": 1, "cost_usd": 1.0, "cancel_requested": False}
+    names = ("stream_id", "task_id", *plain, *before, "labels")
+    rows = [(n, f"task_{n}", *plain.values(), *before.values(), "{}") for n in range(7)]
+    Bulk(tasks, names).execute(connection, rows)
+    changed = [(n, *given) for n, given in enumerate(values, 1)]
+    Bulk(tasks, _COLUMNS, key="stream_id").execute(connection, changed)
+    columns = [tasks.c[name] for name in _COLUMNS]
+    found = connection.execute(sa.select(*columns).order_by(tasks.c.stream_id)).all()
+    unchanged = [(n, *before.values(), "{}") for n in range(7)]
+    unchanged[1 : 1 + len(changed)] = changed
+    assert [tuple(row) for row in found] == unchanged
+    assert set(connection.scalars(sa.select(tasks.c.submitted_at))) == {NOON}
 
 
 def test_what_the_database_refuses(connection: Connection) -> None:

@@ -60,7 +60,7 @@ def test_what_is_due_is_found_in_its_order(tmp_path: Path, scope: Scope, index: 
     asked: list[str] = []
     try:
         with writer.transaction() as connection:
-            transaction = Transaction(connection, FoldCache(), writer.now())
+            transaction = Transaction(connection, FoldCache(), writer.now)
             register_worker(transaction, "w")
             for number in range(200):
                 task = {"prompt": "Hello", "batch": "b" if number % 2 else "other"}
@@ -70,7 +70,7 @@ def test_what_is_due_is_found_in_its_order(tmp_path: Path, scope: Scope, index: 
         with writer.transaction() as connection:
             raw: Any = connection.connection.dbapi_connection
             raw.set_trace_callback(asked.append)
-            transaction = Transaction(connection, FoldCache(), writer.now())
+            transaction = Transaction(connection, FoldCache(), writer.now)
             assert len(claim(transaction, "w", 3, scope, {})) == 3
             raw.set_trace_callback(None)
         (due,) = (statement for statement in asked if "'pending'" in statement)

@@ -7,7 +7,7 @@ import concurrent.futures
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,17 +28,18 @@ from perdure.errors import (
     PerdureError,
     StoreError,
 )
-from perdure.events import Chunk, Submitted, canonical
+from perdure.events import Chunk, Event, Submitted, canonical
 from perdure.store import log as log_module
 from perdure.store import postgresql as postgresql_module
 from perdure.store import schema
 from perdure.store.database import Database
-from perdure.store.direct import MOST_BYTES_TOGETHER
 from perdure.store.readonly import Reader
+from perdure.store.roundtrips import MOST_UNANSWERED
+from perdure.store.transaction import FoldCache, Transaction
 from perdure_adapters import DemoAdapter
 from servers.cutting import CuttingProxy
 from servers.postgresql import Server
-from store.backends import Postgresql, Store, opened, submitted
+from store.backends import Postgresql, Store, opened, running, submitted
 from store.checks import assert_sound, gapless
 from store.children import run
 
@@ -412,7 +413,7 @@ class TestSharing:
         self, database_url: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         """The driver says nothing of what was sent behind it; large and small alike."""
-        for first in (submitted(), submitted(prompt="x" * (MOST_BYTES_TOGETHER + 1))):
+        for first in (submitted(), submitted(prompt="x" * (MOST_UNANSWERED + 1))):
             task_id = f"demo_{len(first.task['prompt'])}"
             async with opened(database_url) as one, opened(database_url) as other:
                 both = [store.log.append(task_id, [first], 0) for store in (one, other)]
@@ -421,6 +422,36 @@ class TestSharing:
                 with pytest.raises(ConcurrencyError):
                     await one.log.append(task_id, [first], 0)
         assert [record for record in caplog.records if record.name.startswith("psycopg")] == []
+
+    @pytest.mark.parametrize(("known", "waits"), [(True, 2), (False, 4)])
+    def test_few_answers_are_waited_for(self, proxy: CuttingProxy, known: bool, waits: int) -> None:
+        """A transaction begins with its first question, and its commit goes with what is written.
+
+        A stream that was read before is asked for together with the log's head. Else reading it
+        comes in between, and the head, which everybody waits for, only then.
+        """
+        writer, cache = Database(proxy.url).writer(), FoldCache()
+
+        def write(new: Sequence[Event], expected: int) -> int:
+            before = proxy.waits
+            cache.distrust()  # as the log does, where anybody may write
+            with writer.transaction() as connection:
+                transaction = Transaction(connection, cache, writer.now)
+                transaction.prefetch(["task"] if expected else [], only=True)
+                transaction.append("task", new, expected)
+                transaction.flush()
+            for fold in transaction.touched:
+                cache.put(fold)
+            return proxy.waits - before
+
+        try:
+            write([submitted(), running()], 0)
+            if not known:
+                cache.clear()
+            assert write([Chunk(text="x")], 2) == waits
+            assert write([Chunk(text="y", offset=1)], 3) == 2
+        finally:
+            writer.close()
 
     async def test_deadlocks_are_done_again(
         self, postgresql: Postgresql, database_url: str

@@ -16,7 +16,7 @@ import orjson
 import sqlalchemy as sa
 from sqlalchemy import Connection, Dialect
 
-from perdure.store.direct import execute, processed, processors_of
+from perdure.store.direct import defer, processed, processors_of
 
 __all__ = ["Bulk", "plain_pages", "plain_rows"]
 
@@ -142,7 +142,7 @@ class _OnSqlite:
                 if len(given) < len(self._names)
                 else list(chain.from_iterable(part))
             )
-            execute(connection, form.sql(size), parameters)
+            defer(connection, form.sql(size), parameters)
             begin += size
 
     def _form(self, given: Sequence[int]) -> _Form:
@@ -178,6 +178,7 @@ class _OnPostgresql:
 
     Without that each row of an executemany is parsed and planned by itself, for a prepared
     statement would belong to the session (see `postgresql`): a third of what is written a second.
+    What all rows have alike, such as the moment, is in the statement and not in each of them.
     """
 
     def __init__(
@@ -185,40 +186,70 @@ class _OnPostgresql:
     ) -> None:
         self.processors = processors_of([c.type for c in columns], dialect, binding=True)
         self.most = MOST_AS_JSON
-        types = {c.name: c.type.compile(dialect).split(" COLLATE")[0] for c in columns}
-        given = {name: f"given.{name}::{kind}" for name, kind in types.items()}
-        described = ", ".join(f"{name} text" for name in types)
-        source = f"FROM json_to_recordset(%s::json) AS given({described})"
-        if key is None:
-            names, values = ", ".join(given), ", ".join(given.values())
-            self._sql = f"INSERT INTO {table.name} ({names}) SELECT {values} {source}"
-        else:
-            changes = ", ".join(f"{name} = {value}" for name, value in given.items() if name != key)
-            self._sql = (
-                f"UPDATE {table.name} SET {changes} {source} "
-                f"WHERE {table.name}.{key} = {given[key]}"
-            )
-        self._names = tuple(f"{name}" for name in given)  # orjson wants no subclass of str
+        self._table = table.name
+        self._names = [f"{column.name}" for column in columns]  # orjson wants no subclass of str
+        self._types = [column.type.compile(dialect).split(" COLLATE")[0] for column in columns]
+        self._key = key
+        self._forms: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
 
     def execute(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
-        # What isn't named is NULL, as most columns are.
-        given = [
-            (name, index)
-            for index, (name, values) in enumerate(
-                zip(self._names, zip(*rows, strict=True), strict=True)
+        first = rows[0]
+        alike: list[int] = []  # what isn't in either is NULL, as most columns are
+        varying: list[int] = []
+        for index, values in enumerate(zip(*rows, strict=True)):
+            if values.count(first[index]) < len(rows):
+                varying.append(index)
+            elif first[index] is not None:
+                alike.append(index)
+        parameters = {self._names[index]: first[index] for index in alike}
+        if varying:
+            given = [(self._names[index], index) for index in varying]
+            data = orjson.dumps(
+                [{name: row[index] for name, index in given} for row in rows], default=_hexed
             )
-            if values.count(None) < len(rows)
-        ]
-        data = orjson.dumps(
-            [{name: row[index] for name, index in given} for row in rows], default=_hexed
+            if len(data) > MOST_BYTES_AS_JSON:
+                del data  # which may be large
+                half = len(rows) // 2
+                self.execute(connection, rows[:half])
+                self.execute(connection, rows[half:])
+                return
+            parameters[_ROWS] = data.decode()
+        key = tuple(alike), tuple(varying)
+        form = self._forms.get(key)
+        if form is None:
+            form = self._form(alike, varying)
+            if len(self._forms) < MOST_FORMS:
+                self._forms[key] = form
+        defer(connection, form, parameters)
+
+    def _form(self, alike: Sequence[int], varying: Sequence[int]) -> str:
+        """Return the statement where these columns are alike or vary, and all others are NULL."""
+        values = {
+            name: f"%({name})s::{kind}"
+            for name, kind in ((self._names[index], self._types[index]) for index in alike)
+        }
+        described: list[str] = []
+        for name, kind in ((self._names[index], self._types[index]) for index in varying):
+            # What is JSON is a text to the JSON that it is in.
+            json = kind.startswith("JSON")
+            values[name] = f"given.{name}::{kind}" if json else f"given.{name}"
+            described.append(f"{name} {'TEXT' if json else kind}")
+        source = f"json_to_recordset(%({_ROWS})s::json) AS given({', '.join(described)})"
+        origin = f" FROM {source}" if described else ""
+        if self._key is None:
+            names, chosen = ", ".join(values), ", ".join(values.values())
+            return f"INSERT INTO {self._table} ({names}) SELECT {chosen}{origin}"
+        changes = ", ".join(
+            f"{name} = {values.get(name, 'NULL')}" for name in self._names if name != self._key
         )
-        if len(data) <= MOST_BYTES_AS_JSON or len(rows) == 1:
-            execute(connection, self._sql, (data.decode(),))
-            return
-        del data  # which may be large
-        half = len(rows) // 2
-        self.execute(connection, rows[:half])
-        self.execute(connection, rows[half:])
+        return (
+            f"UPDATE {self._table} SET {changes}{origin} "
+            f"WHERE {self._table}.{self._key} = {values[self._key]}"
+        )
+
+
+# The parameter beside those that have the name of a column.
+_ROWS: Final = "given_rows"
 
 
 def _hexed(value: object) -> str:

@@ -11,8 +11,7 @@ statement, and read as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import orjson
@@ -21,15 +20,14 @@ from sqlalchemy import Connection, Dialect
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.types import ARRAY, TypeDecorator, TypeEngine
+from sqlalchemy.types import Text, TypeDecorator, TypeEngine
 
-__all__ = ["Statement", "execute", "is_among", "together"]
+__all__ = ["ROUND_TRIPS", "Statement", "defer", "execute", "is_among"]
 
 Processor = Callable[[Any], Any]
 
-MOST_BYTES_TOGETHER: Final = 1_000_000
-# The PostgreSQL that ends a transaction which takes too long, whatever it waits for.
-FIRST_TO_END: Final = 17_00_00
+# Under this name a connection to a server has its `RoundTrips`.
+ROUND_TRIPS: Final = "round_trips"
 
 
 def execute(connection: Connection, sql: str, parameters: Any) -> Any:  # noqa: ANN401 - a driver's
@@ -39,6 +37,9 @@ def execute(connection: Connection, sql: str, parameters: Any) -> Any:  # noqa: 
         IntegrityError: The database refuses what was to be written.
         Exception: Whatever else the driver raises, as it is.
     """
+    trips = connection.info.get(ROUND_TRIPS)
+    if trips is not None:
+        return trips.ask((sql, parameters))
     raw: Any = connection.connection.dbapi_connection
     try:
         return raw.execute(sql, parameters)
@@ -46,50 +47,20 @@ def execute(connection: Connection, sql: str, parameters: Any) -> Any:  # noqa: 
         raise IntegrityError(None, None, error) from error
 
 
-@contextmanager
-def together(connection: Connection, size: int) -> Generator[None, None, None]:
-    """Send the statements inside without waiting for the answer of each, where that is well.
+def defer(connection: Connection, sql: str, parameters: Any) -> None:  # noqa: ANN401 - a driver's
+    """Execute ``sql``, whose answer nobody needs, without waiting for it where that is well.
 
-    None of them may depend on what another one answers, and what they answer isn't known: what is
-    refused is raised at the end at the latest. A server in another room answers in half a
-    millisecond, as often as it is waited for.
-
-    Args:
-        connection: Where they go.
-        size: How many bytes, about: a great many aren't to wait in memory.
+    What the database refuses is raised then by what is executed next, or by the commit.
 
     Raises:
-        IntegrityError: The database refuses what was to be written.
+        IntegrityError: The database refuses what was to be written, now or before.
         Exception: Whatever else the driver raises, as it is.
     """
-    if size > MOST_BYTES_TOGETHER or not _pipelines(connection):
-        yield
-        return
-    raw: Any = connection.connection.dbapi_connection
-    driver = connection.dialect.loaded_dbapi
-    first: Exception | None = None  # what goes wrong with the others comes of it
-    try:
-        with raw.pipeline():
-            try:
-                yield
-            except (driver.Error, IntegrityError) as error:
-                first = error
-    except driver.Error as error:
-        first = first or error
-    if isinstance(first, driver.IntegrityError):
-        raise IntegrityError(None, None, first) from first
-    if first is not None:
-        raise first
-
-
-def _pipelines(connection: Connection) -> bool:
-    if connection.dialect.name != "postgresql":
-        return False
-    # Older servers don't count how long they wait for what follows in a pipeline, or after one:
-    # whoever stopped there would keep everybody waiting.
-    raw: Any = connection.connection.dbapi_connection
-    driver: Any = connection.dialect.loaded_dbapi
-    return bool(raw.info.server_version >= FIRST_TO_END and driver.Pipeline.is_supported())
+    trips = connection.info.get(ROUND_TRIPS)
+    if trips is not None:
+        trips.send(sql, parameters)
+    else:
+        execute(connection, sql, parameters)
 
 
 class Statement:
@@ -114,9 +85,7 @@ class Statement:
         rows = self._packed(connection, compiled, parameters)
         if rows is None:
             rows = execute(connection, compiled.sql, parameters).fetchall()
-        if compiled.results:
-            return [processed(row, compiled.results) for row in rows]
-        return rows
+        return compiled.processed(rows)
 
     def _packed(
         self,
@@ -136,11 +105,31 @@ class Statement:
             return None
         return rows
 
+    def rows_and(
+        self, other: Statement, connection: Connection, *values: object
+    ) -> tuple[Sequence[Sequence[Any]], Sequence[Sequence[Any]]]:
+        """Return all rows, and those of another SELECT without parameters that is asked with it."""
+        trips = connection.info.get(ROUND_TRIPS)
+        if trips is None:
+            return self.rows(connection, *values), other.rows(connection)
+        first = self._compiled_for(connection.dialect)
+        second = other._compiled_for(connection.dialect)
+        cursor = trips.ask(
+            (first.sql, first.parameters(values)), (second.sql, second.parameters(()))
+        )
+        last = second.processed(cursor.fetchall())
+        return first.processed(cursor.set_result(-2).fetchall()), last
+
     def change(self, connection: Connection, *values: object) -> int:
         """Execute what changes rows; returns how many were."""
         compiled = self._compiled_for(connection.dialect)
         count: int = execute(connection, compiled.sql, compiled.parameters(values)).rowcount
         return count
+
+    def defer(self, connection: Connection, *values: object) -> None:
+        """Execute what changes rows, as the function `defer` does."""
+        compiled = self._compiled_for(connection.dialect)
+        defer(connection, compiled.sql, compiled.parameters(values))
 
     def _compiled_for(self, dialect: Dialect) -> _Compiled:
         compiled = self._compiled.get(dialect.name)
@@ -182,6 +171,9 @@ class _Compiled:
             row = ", ".join(f'"{column.name}"' for column in columns)
             self.packed = f"SELECT json_group_array(json_array({row})) FROM ({self.sql})"
 
+    def processed(self, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+        return [processed(row, self.results) for row in rows] if self.results else rows
+
     def parameters(self, values: Sequence[object]) -> Any:  # noqa: ANN401 - as the driver wants it
         if self._fixed:
             values = (*values, *self._fixed)
@@ -219,24 +211,27 @@ def processed(row: Sequence[Any], processors: Sequence[tuple[int, Processor]]) -
 
 
 class _Listed(TypeDecorator[Sequence[Any]]):
-    """Values of one type: an array on PostgreSQL, JSON text on SQLite."""
+    """Values of one type as text: JSON, or what PostgreSQL makes an array of.
 
-    impl = sa.Text
+    The driver for PostgreSQL makes an array of a list, too, and takes twenty times as long.
+    """
+
+    impl = Text
     cache_ok = True
 
-    def __init__(self, of: TypeEngine[Any]) -> None:
-        super().__init__()
-        self.of = of
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+    def process_bind_param(self, value: Sequence[Any] | None, dialect: Dialect) -> str | None:
+        if value is None:
+            return None
         if dialect.name == "postgresql":
-            return dialect.type_descriptor(ARRAY(self.of))
-        return dialect.type_descriptor(sa.Text())
-
-    def process_bind_param(self, value: Sequence[Any] | None, dialect: Dialect) -> Any:  # noqa: ANN401
-        if value is None or dialect.name == "postgresql":
-            return value
+            return f"{{{','.join([_element(each) for each in value])}}}"
         return orjson.dumps(list(value)).decode()
+
+
+def _element(value: object) -> str:
+    if isinstance(value, int):
+        return str(value)
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'
 
 
 class _Among(sa.ColumnElement[bool]):
@@ -244,9 +239,8 @@ class _Among(sa.ColumnElement[bool]):
     inherit_cache = True
 
     def __init__(self, column: sa.Column[Any], name: str) -> None:
-        of: TypeEngine[Any] = sa.BigInteger() if isinstance(column.type, sa.Integer) else sa.Text()
         self.column = column
-        self.given = sa.bindparam(name, type_=_Listed(of))
+        self.given = sa.bindparam(name, type_=_Listed())
 
 
 def is_among(column: sa.Column[Any], name: str) -> sa.ColumnElement[bool]:
@@ -266,4 +260,5 @@ def _among_sqlite(element: _Among, compiler: SQLCompiler, **how: Any) -> str:  #
 @compiles(_Among, "postgresql")
 def _among_postgresql(element: _Among, compiler: SQLCompiler, **how: Any) -> str:  # noqa: ANN401
     column, given = compiler.process(element.column, **how), compiler.process(element.given, **how)
-    return f"{column} = ANY ({given})"
+    kind = "BIGINT" if isinstance(element.column.type, sa.Integer) else "TEXT"
+    return f"{column} = ANY (CAST({given} AS {kind}[]))"

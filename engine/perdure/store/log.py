@@ -239,7 +239,7 @@ class EventLog:
         try:
             try:
                 with writer.transaction() as connection:
-                    head, _none = Transaction(connection, cache, writer.now()).flush()
+                    head, _none = Transaction(connection, cache, writer.now).flush()
             except BaseException as error:  # noqa: BLE001 - whoever opens the log is told
                 self._call(_fail, started, error)
                 return
@@ -406,8 +406,9 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
             with writer.transaction() as connection:
                 if not writer.undisturbed():
                     cache.distrust()
-                done = _Done(Transaction(connection, cache, writer.now(), careful=careful), [])
-                done.transaction.prefetch(_all_streams(batch))
+                done = _Done(Transaction(connection, cache, writer.now, careful=careful), [])
+                appends = all(type(request.work) is _Append for request in batch)
+                done.transaction.prefetch(_all_streams(batch), only=appends)
                 late = [work for one in batch if (work := _late_work(one)) is not None]
                 if late:
                     batch = sorted(batch, key=lambda one: _late_work(one) is not None)

@@ -46,6 +46,7 @@ from perdure.store.dialect import (
     stored_revision,
     take_time,
 )
+from perdure.store.direct import ROUND_TRIPS
 from perdure.store.readonly import BUSY_SECONDS, Reader
 from perdure.store.schema import events, log_head
 
@@ -59,6 +60,7 @@ except ImportError:
     ) from None
 
 from perdure.store.listening import CHANNEL, Listener
+from perdure.store.roundtrips import RoundTrips
 
 __all__ = ["CONNECT", "Postgresql", "PostgresqlWriter", "shown_place", "translated"]
 
@@ -150,6 +152,8 @@ class Postgresql(Dialect):
         engine = sa.create_engine(self.url, poolclass=NullPool, **_ENGINE)
         event.listen(engine, "connect", _prepare_writer)
         event.listen(engine, "begin", _begin)
+        event.listen(engine, "before_cursor_execute", _sync)
+        event.listen(engine, "rollback", _drop)
         return engine
 
     @contextlib.contextmanager
@@ -239,7 +243,7 @@ class PostgresqlWriter(Writer):
 
     def now(self) -> datetime:
         """Return the time that is written into the log (UTC): the server's."""
-        now: datetime = self.connection.info["now"]
+        now = _trips_of(self.connection).now
         self._dialect.skew = now - datetime.now(UTC)
         return now
 
@@ -278,6 +282,13 @@ class PostgresqlWriter(Writer):
                     if unknown:
                         final = DatabaseUnavailable(f"{final}; what was written last may be there")
                     raise final from failure
+
+    @contextlib.contextmanager
+    def begun(self) -> Generator[None, None, None]:
+        """Begin a transaction on the connection; commit at the end, roll back on an error."""
+        with self.connection.begin():
+            yield
+            _trips_of(self.connection).commit()
 
     def ready(self) -> None:
         """Make sure that there is a connection to begin a transaction on."""
@@ -352,15 +363,13 @@ CONNECT: Final[Mapping[str, Any]] = {
     "prepare_threshold": None,  # a prepared statement belongs to the session, too
 }
 _ENGINE: Final[Mapping[str, Any]] = {"use_native_hstore": False, "connect_args": CONNECT}
-# One round trip.
 _BEGIN: Final = f"""
     BEGIN ISOLATION LEVEL READ COMMITTED;
-    SET LOCAL idle_in_transaction_session_timeout = '{ABANDONED_SECONDS}s';
-    SET LOCAL lock_timeout = '{BUSY_SECONDS:.0f}s';
-    SELECT CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
-        THEN set_config('transaction_timeout', '{ABANDONED_SECONDS}s', true) END;
-    SELECT clock_timestamp()
-"""
+    SELECT set_config('idle_in_transaction_session_timeout', '{ABANDONED_SECONDS}s', true),
+        set_config('lock_timeout', '{BUSY_SECONDS:.0f}s', true),
+        CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
+        THEN set_config('transaction_timeout', '{ABANDONED_SECONDS}s', true) END,
+        clock_timestamp()"""
 
 
 class _AnyTimestamptz(TimestamptzLoader):
@@ -380,19 +389,29 @@ def _prepare_connection(dbapi: Any, _record: object) -> None:  # noqa: ANN401
     adapters.register_loader("timestamptz", _AnyTimestamptz)
 
 
-def _prepare_writer(dbapi: Any, record: object) -> None:  # noqa: ANN401
+def _prepare_writer(dbapi: Any, record: Any) -> None:  # noqa: ANN401
     _prepare_connection(dbapi, record)
     dbapi.autocommit = True  # we say BEGIN ourselves
+    record.info[ROUND_TRIPS] = RoundTrips(dbapi, _BEGIN)
+
+
+def _trips_of(connection: Connection) -> RoundTrips:
+    trips: RoundTrips = connection.info[ROUND_TRIPS]
+    return trips
 
 
 def _begin(connection: Connection) -> None:
-    """Begin a transaction, set what holds for it, and note the server's time."""
-    raw: Any = connection.connection.dbapi_connection
-    with raw.cursor() as cursor:
-        cursor.execute(_BEGIN)
-        while cursor.nextset():
-            pass
-        connection.info["now"] = cursor.fetchone()[0]
+    _trips_of(connection).begin()
+
+
+def _sync(connection: Connection, *_what: object) -> None:
+    """Have done what comes before a statement that SQLAlchemy executes."""
+    _trips_of(connection).sync()
+
+
+def _drop(connection: Connection) -> None:
+    if not connection.invalidated:
+        _trips_of(connection).drop()
 
 
 def _prepare_reader(dbapi: Any, record: object) -> None:  # noqa: ANN401

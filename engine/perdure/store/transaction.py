@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Final
 
@@ -40,7 +41,7 @@ from perdure.events import (
     micros_of,
 )
 from perdure.store.bulk import Bulk
-from perdure.store.direct import Statement, is_among, together
+from perdure.store.direct import Statement, is_among
 from perdure.store.projection import ChangingColumns, TaskFold, TaskRow
 from perdure.store.schema import blobs, events, log_head, streams, tasks
 
@@ -208,26 +209,31 @@ class Transaction:
     Args:
         connection: Where to.
         cache: Folds that need not be read.
-        at: The moment that is recorded.
+        now: Returns the moment that is recorded; called once.
         careful: Look whether the name of a new stream is taken. Else the database refuses the
             whole transaction where it is, which it hardly ever has to.
 
     Attributes:
         connection: For statements beside the log, in the same transaction.
-        at: The moment that is recorded.
         erases: Set where content was removed, which then must not stay in any file either.
         mark: The position and the digest of the last event that `flush` has written.
     """
 
     def __init__(
-        self, connection: Connection, cache: FoldCache, at: datetime, *, careful: bool = True
+        self,
+        connection: Connection,
+        cache: FoldCache,
+        now: Callable[[], datetime],
+        *,
+        careful: bool = True,
     ) -> None:
         self.connection = connection
-        self.at = at
+        self._now = now
         self._careful = careful
         self.erases = False
         self.mark: tuple[int, bytes] | None = None
         self._takes_new = False
+        self._head_rows: Sequence[Sequence[Any]] | None = None
         self._cache = cache
         self._versions: dict[str, tuple[int, int] | None] = {}
         self._folds: dict[str, TaskFold] = {}
@@ -237,21 +243,38 @@ class Transaction:
         self._blobs: dict[str, bytes] = {}
         self._last: list[Callable[[], None]] = []
 
+    @cached_property
+    def at(self) -> datetime:
+        """The moment that is recorded."""
+        return self._now()
+
     # -- reading ---------------------------------------------------------------------------------
 
-    def prefetch(self, task_ids: Iterable[str]) -> None:
-        """Look up (and on PostgreSQL lock) these streams in one go, in an order all agree on."""
+    def prefetch(self, task_ids: Iterable[str], *, only: bool = False) -> None:
+        """Look up (and on PostgreSQL lock) these streams in one go, in an order all agree on.
+
+        Args:
+            task_ids: The streams.
+            only: Nothing else will be asked before it is written. Then the counter row is taken by
+                the same message, unless a stream has to be read first, which may take long.
+        """
         wanted: set[str] = set()
         for task_id in task_ids:
             if task_id not in self._folds and task_id not in self._versions:
                 fold = self._cache.trusted(task_id)
                 if fold is None:
                     wanted.add(task_id)
+                    only = only and self._cache.get(task_id) is not None
                 else:
                     self._folds[task_id] = fold
+        only = only and len(wanted) <= IN_LIMIT
         for part in chunks_of(sorted(wanted)):
             self._versions.update(dict.fromkeys(part))
-            for task_id, stream_id, version in _FIND_STREAMS.rows(self.connection, part):
+            if only:
+                rows, self._head_rows = _FIND_STREAMS.rows_and(_HEAD, self.connection, part)
+            else:
+                rows = _FIND_STREAMS.rows(self.connection, part)
+            for task_id, stream_id, version in rows:
                 self._versions[task_id] = (stream_id, version)
 
     def fold(self, task_id: str) -> TaskFold | None:
@@ -410,7 +433,6 @@ class Transaction:
         stream_rows: list[tuple[Any, ...]] = []
         event_rows: list[tuple[Any, ...]] = []
         written: list[RecordedEvent] = []
-        size = 0
         at, micros = self.at, micros_of(self.at)
         moment = _INSERT_EVENT.bound_value(self.connection.dialect, "recorded_at", at)
         for task_id, staged in self._staged.items():
@@ -426,17 +448,15 @@ class Transaction:
                 tail = link_tail(type_, schema, micros)
                 digest = chain_link(digest, position, task_id, version, tail, sha256(data).digest())
                 text = data.decode()
-                size += len(data)
                 event_rows.append(
                     (position, stream_id, version, type_, schema, text, moment, digest)
                 )
                 written.append(RecordedEvent(position, task_id, version, event, at))
                 version += 1
-        with together(self.connection, size):
-            _INSERT_STREAM.execute(self.connection, stream_rows)
-            _INSERT_EVENT.execute_bound(self.connection, event_rows)
-            self._flush_rows()
-            _MOVE_HEAD.change(self.connection, position, digest)
+        _INSERT_STREAM.execute(self.connection, stream_rows)
+        _INSERT_EVENT.execute_bound(self.connection, event_rows)
+        self._flush_rows()
+        _MOVE_HEAD.defer(self.connection, position, digest)
         for work in self._last:
             work()
         self.mark = position, digest
@@ -452,7 +472,9 @@ class Transaction:
         if known is not None:
             self._takes_new = True
             return known
-        rows = statement.rows(self.connection)
+        rows = self._head_rows
+        if rows is None:
+            rows = statement.rows(self.connection)
         if not rows:
             raise DatabaseCorrupt("the log has lost its head row: restore a backup")
         ((position, digest, archive_of),) = rows
@@ -483,7 +505,7 @@ class Transaction:
         for by, stream_ids in moved.items():
             for begin in range(0, len(stream_ids), IN_LIMIT):
                 part = stream_ids[begin : begin + IN_LIMIT]
-                _MOVE_STREAMS.change(self.connection, by, part)
+                _MOVE_STREAMS.defer(self.connection, by, part)
         _INSERT_TASK.execute(self.connection, fresh)
         _UPDATE_TASK.execute(self.connection, changed)
         _FORGET_CONTENT.execute(self.connection, forgotten)
