@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sqlite3
 from collections.abc import Generator
@@ -125,6 +126,25 @@ def test_values_alike_and_not(connection: Connection, values: list[tuple[Any, ..
     unchanged[1 : 1 + len(changed)] = changed
     assert [tuple(row) for row in found] == unchanged
     assert set(connection.scalars(sa.select(tasks.c.submitted_at))) == {NOON}
+
+
+def test_zeros_keep_their_sign(connection: Connection) -> None:
+    """What is equal but for its sign isn't alike. SQLite knows one zero only."""
+    rows = [(sign * 0.0, sign) for sign in (1, -1)]
+    connection.execute(sa.text("CREATE TEMPORARY TABLE zeros (zero double precision, sign int)"))
+    zeros = sa.Table(
+        "zeros", sa.MetaData(), sa.Column("zero", sa.Double), sa.Column("sign", sa.Integer)
+    )
+    Bulk(zeros, ("zero", "sign")).execute(connection, rows)
+    found = connection.execute(sa.select(zeros).order_by(zeros.c.sign.desc())).all()
+    kept = -1 if connection.dialect.name == "postgresql" else 1
+    assert [math.copysign(1, row.zero) for row in found] == [1, kept]
+
+
+def test_the_same_row_twice(connection: Connection) -> None:
+    """All rows that are given are written, or refused, even where nothing tells them apart."""
+    with pytest.raises(IntegrityError), connection.begin_nested():
+        _ROWS.execute(connection, [(2000, "täsk_2000", 1)] * 2)
 
 
 def test_what_the_database_refuses(connection: Connection) -> None:

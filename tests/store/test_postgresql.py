@@ -31,6 +31,7 @@ from perdure.errors import (
 from perdure.events import Chunk, Event, Submitted, canonical
 from perdure.store import log as log_module
 from perdure.store import postgresql as postgresql_module
+from perdure.store import roundtrips as roundtrips_module
 from perdure.store import schema
 from perdure.store.database import Database
 from perdure.store.readonly import Reader
@@ -488,13 +489,32 @@ class TestSharing:
             def now(cls, tz: Any = None) -> Any:
                 return datetime.now(tz) - timedelta(hours=3)
 
-        monkeypatch.setattr(postgresql_module, "datetime", Wrong)
+        for module in (postgresql_module, roundtrips_module):
+            monkeypatch.setattr(module, "datetime", Wrong)
         async with opened(database_url) as store:
+            assert abs(store.database.now - datetime.now(UTC)) < timedelta(minutes=1)
             await store.submit("task")
             (row,) = await store.database.rows(sa.select(schema.events.c.recorded_at))
             now = datetime.now(UTC)
             assert abs(row["recorded_at"] - now) < timedelta(minutes=1)
             assert abs(store.database.now - now) < timedelta(minutes=1)
+
+    async def test_waiting_is_no_difference_of_clocks(
+        self, postgresql: Postgresql, database_url: str
+    ) -> None:
+        """What a transaction waits for a lock isn't taken for a server that is behind."""
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        async with opened(database_url) as store:
+            await store.start("task")
+            with postgresql.server.connect(postgresql.name(database_url)) as other:
+                other.execute("BEGIN")
+                other.execute("SELECT FROM log_head FOR UPDATE")
+                append = store.log.append("task", [Chunk(text="x")], None)
+                await eventually(lambda: _ask(postgresql, database_url, waiting)[0][0])
+                await asyncio.sleep(2)
+                other.execute("COMMIT")
+            await append
+            assert abs(store.database.now - datetime.now(UTC)) < timedelta(seconds=1)
 
     def test_three_processes(self, postgresql: Postgresql, database_url: str) -> None:
         """Three processes run many streams each; nothing is lost and nothing doubled."""

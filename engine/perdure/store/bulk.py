@@ -197,10 +197,12 @@ class _OnPostgresql:
         alike: list[int] = []  # what isn't in either is NULL, as most columns are
         varying: list[int] = []
         for index, values in enumerate(zip(*rows, strict=True)):
-            if values.count(first[index]) < len(rows):
+            if values.count(first[index]) < len(rows) or _is_zero(first[index]):
                 varying.append(index)
             elif first[index] is not None:
                 alike.append(index)
+        if not varying and len(rows) > 1:  # as many rows as were given, for the table to refuse
+            varying.append(alike.pop())
         parameters = {self._names[index]: first[index] for index in alike}
         if varying:
             given = [(self._names[index], index) for index in varying]
@@ -246,6 +248,11 @@ class _OnPostgresql:
             f"UPDATE {self._table} SET {changes}{origin} "
             f"WHERE {self._table}.{self._key} = {values[self._key]}"
         )
+
+
+def _is_zero(value: object) -> bool:
+    # With a sign, which doesn't count where values are compared.
+    return isinstance(value, float) and value == 0.0
 
 
 # The parameter beside those that have the name of a column.

@@ -50,7 +50,8 @@ def execute(connection: Connection, sql: str, parameters: Any) -> Any:  # noqa: 
 def defer(connection: Connection, sql: str, parameters: Any) -> None:  # noqa: ANN401 - a driver's
     """Execute ``sql``, whose answer nobody needs, without waiting for it where that is well.
 
-    What the database refuses is raised then by what is executed next, or by the commit.
+    What the database refuses is raised then by what is executed next, or by the commit. So a
+    savepoint isn't to be left with something deferred where one would go on after an error.
 
     Raises:
         IntegrityError: The database refuses what was to be written, now or before.

@@ -407,8 +407,7 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
                 if not writer.undisturbed():
                     cache.distrust()
                 done = _Done(Transaction(connection, cache, writer.now, careful=careful), [])
-                appends = all(type(request.work) is _Append for request in batch)
-                done.transaction.prefetch(_all_streams(batch), only=appends)
+                done.transaction.prefetch(_all_streams(batch), only=_only_appends(batch))
                 late = [work for one in batch if (work := _late_work(one)) is not None]
                 if late:
                     batch = sorted(batch, key=lambda one: _late_work(one) is not None)
@@ -443,6 +442,11 @@ def _attempt(request: _Request[Any], transaction: Transaction) -> _Reply:
         raise
     except PerdureError as error:
         return request, None, error
+
+
+def _only_appends(batch: Iterable[_Request[Any]]) -> bool:
+    """Return whether all is appended to streams that are there, by those who asked for no more."""
+    return all(isinstance(one.work, _Append) and one.work.expected != 0 for one in batch)
 
 
 def _all_streams(batch: Iterable[_Request[Any]]) -> list[str]:

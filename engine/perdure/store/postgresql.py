@@ -150,11 +150,20 @@ class Postgresql(Dialect):
 
     def _sync_engine(self) -> Engine:
         engine = sa.create_engine(self.url, poolclass=NullPool, **_ENGINE)
-        event.listen(engine, "connect", _prepare_writer)
+        event.listen(engine, "connect", self._prepare_writer)
         event.listen(engine, "begin", _begin)
         event.listen(engine, "before_cursor_execute", _sync)
+        event.listen(engine, "commit", _sync)
         event.listen(engine, "rollback", _drop)
         return engine
+
+    def _prepare_writer(self, dbapi: Any, record: Any) -> None:  # noqa: ANN401
+        _prepare_connection(dbapi, record)
+        dbapi.autocommit = True  # we say BEGIN ourselves
+        record.info[ROUND_TRIPS] = RoundTrips(dbapi, _BEGIN, self._set_skew)
+
+    def _set_skew(self, skew: timedelta) -> None:
+        self.skew = skew
 
     @contextlib.contextmanager
     def snapshot(self) -> Generator[Connection, None, None]:
@@ -243,9 +252,7 @@ class PostgresqlWriter(Writer):
 
     def now(self) -> datetime:
         """Return the time that is written into the log (UTC): the server's."""
-        now = _trips_of(self.connection).now
-        self._dialect.skew = now - datetime.now(UTC)
-        return now
+        return _trips_of(self.connection).now
 
     def settle(self, error: BaseException, mark: tuple[int, bytes] | None, since: float) -> bool:
         """Find out what became of a transaction that ended in an error, with a new connection.
@@ -389,12 +396,6 @@ def _prepare_connection(dbapi: Any, _record: object) -> None:  # noqa: ANN401
     adapters.register_loader("timestamptz", _AnyTimestamptz)
 
 
-def _prepare_writer(dbapi: Any, record: Any) -> None:  # noqa: ANN401
-    _prepare_connection(dbapi, record)
-    dbapi.autocommit = True  # we say BEGIN ourselves
-    record.info[ROUND_TRIPS] = RoundTrips(dbapi, _BEGIN)
-
-
 def _trips_of(connection: Connection) -> RoundTrips:
     trips: RoundTrips = connection.info[ROUND_TRIPS]
     return trips
@@ -405,7 +406,7 @@ def _begin(connection: Connection) -> None:
 
 
 def _sync(connection: Connection, *_what: object) -> None:
-    """Have done what comes before a statement that SQLAlchemy executes."""
+    """Have done what comes before a statement that SQLAlchemy executes, or its commit."""
     _trips_of(connection).sync()
 
 

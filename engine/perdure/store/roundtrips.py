@@ -8,9 +8,9 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import psycopg
@@ -37,11 +37,19 @@ class RoundTrips:
     Args:
         raw: The driver's connection, in its mode of autocommit.
         beginning: What begins a transaction; the last column of its last answer is the time.
+        on_skew: Called whenever a transaction has begun, with how far the server's clock is ahead
+            of ours. What the transaction waits for, such as locks, isn't part of that.
     """
 
-    def __init__(self, raw: psycopg.Connection[Any], beginning: str) -> None:
+    def __init__(
+        self,
+        raw: psycopg.Connection[Any],
+        beginning: str,
+        on_skew: Callable[[timedelta], None],
+    ) -> None:
         self._raw: Final = raw
         self._beginning: Final = beginning
+        self._on_skew: Final = on_skew
         self._begins = False
         self._now: datetime | None = None
         self._pipelines: Final = (
@@ -79,9 +87,11 @@ class RoundTrips:
         if not self._begins:
             return self._execute(";\n".join(texts)).set_result(-1)
         self._begins = False
+        sent = datetime.now(UTC)
         cursor = self._execute(";\n".join([self._beginning, *texts]))
-        cursor.set_result(-1 - len(texts))
-        (*_settings, self._now) = cursor.fetchone() or (None,)
+        (*_settings, now) = cursor.set_result(-1 - len(texts)).fetchall()[0]
+        self._now = now
+        self._on_skew(now - sent)
         return cursor.set_result(-1)
 
     def send(self, sql: str, parameters: Parameters | None) -> None:

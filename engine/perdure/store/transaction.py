@@ -2,8 +2,8 @@
 
 `append` decides at once whether an event may be written, against the stream as it is inside this
 transaction; `flush` writes what was accepted with a handful of statements, however many appends
-there were. Taking the counter row (`log_head`) comes as late as possible, since everyone waits for
-it where several processes write.
+there were. Taking the counter row (`log_head`) comes late, since everyone waits for it where
+several processes write: nothing that may take long comes between that and the commit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from hashlib import sha256
 from typing import Any, Final
 
@@ -229,6 +228,7 @@ class Transaction:
     ) -> None:
         self.connection = connection
         self._now = now
+        self._at: datetime | None = None
         self._careful = careful
         self.erases = False
         self.mark: tuple[int, bytes] | None = None
@@ -243,10 +243,12 @@ class Transaction:
         self._blobs: dict[str, bytes] = {}
         self._last: list[Callable[[], None]] = []
 
-    @cached_property
+    @property
     def at(self) -> datetime:
         """The moment that is recorded."""
-        return self._now()
+        if self._at is None:  # a cached_property of Python 3.11 would wait for other transactions'
+            self._at = self._now()
+        return self._at
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -255,8 +257,9 @@ class Transaction:
 
         Args:
             task_ids: The streams.
-            only: Nothing else will be asked before it is written. Then the counter row is taken by
-                the same message, unless a stream has to be read first, which may take long.
+            only: Nothing but these will be asked for before it is written. Then the counter row is
+                taken by the same message, unless a stream isn't known: reading all of one may take
+                long. Of one that is known it is what others have appended to it since.
         """
         wanted: set[str] = set()
         for task_id in task_ids:
