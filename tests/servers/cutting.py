@@ -113,11 +113,11 @@ class CuttingProxy:
         with pair.closing(self), contextlib.suppress(OSError):
             while data := pair.client.recv(65536):
                 self._flowing.wait()
-                if b"COMMIT" in data and self.cut == "before" and b"pg_notify" not in data:
+                if b"COMMIT\0" in data and self.cut == "before" and b"pg_notify" not in data:
                     self.cut = None
                     self.cuts += 1
                     return
-                if b"COMMIT" in data and self.cut == "after" and b"pg_notify" not in data:
+                if b"COMMIT\0" in data and self.cut == "after" and b"pg_notify" not in data:
                     self.cut = None
                     self.cuts += 1
                     pair.mute = True
