@@ -511,7 +511,7 @@ class TestSharing:
                 other.execute("SELECT FROM log_head FOR UPDATE")
                 append = store.log.append("task", [Chunk(text="x")], None)
                 await eventually(lambda: _ask(postgresql, database_url, waiting)[0][0])
-                await asyncio.sleep(2)
+                await asyncio.sleep(2)  # a wait that would be seen in the difference
                 other.execute("COMMIT")
             await append
             assert abs(store.database.now - datetime.now(UTC)) < timedelta(seconds=1)

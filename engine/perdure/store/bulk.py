@@ -26,7 +26,7 @@ MOST_PARAMETERS: Final = 8192
 # characters on, twice as many take the server far more than twice as long.
 MOST_AS_JSON: Final = 1000
 MOST_BYTES_AS_JSON: Final = 4_000_000
-# In so many ways can columns be without any value; further ones are made anew each time.
+# In so many ways can columns be without any value, or alike; further ones are made anew each time.
 MOST_FORMS: Final = 100
 
 
