@@ -248,12 +248,12 @@ class ChatReader:
             return
         reasoning = text_in(delta, "reasoning_content") or text_in(delta, "reasoning")
         if reasoning:
-            said.append(Chunk(text=reasoning, kind="reasoning"))
+            said.append(Chunk.piece(reasoning, "reasoning"))
         content = value_in(delta, "content")
         if isinstance(content, str):
             if content:
                 self._characters += len(content)
-                said.append(Chunk(text=content))
+                said.append(Chunk.piece(content))
         elif content is not None:
             for kind, text in _parts(content):
                 self._characters += len(text) if kind == "text" else 0

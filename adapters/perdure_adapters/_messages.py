@@ -7,6 +7,7 @@ suspicion, and knows neither the SDK nor the wire.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, cast
 
@@ -67,7 +68,6 @@ class MessagesReader:
         self._secrets = secrets
         self._spent = before.usage if before is not None else None
         self._again = before is not None
-        self._characters = 0
         self._usage: dict[str, Any] = {}
         self._stop_reason: str | None = None
         self._container: str | None = None
@@ -100,7 +100,7 @@ class MessagesReader:
             PlatformError: It says that the platform failed.
             StreamTruncated: It can't follow what came before.
         """
-        type_ = _text(event, "type")
+        type_ = getattr(event, "type", None)
         if type_ == "content_block_delta":  # as most of all events are
             return self._delta(_index(event), getattr(event, "delta", None))
         match type_:
@@ -128,7 +128,7 @@ class MessagesReader:
         """
         if not self.stopped:
             raise StreamTruncated(
-                f"the stream ended without a message_stop, after {self._characters} characters "
+                f"the stream ended without a message_stop, after {self._characters()} characters "
                 "of text",
                 request_id=self._request_id,
             )
@@ -170,21 +170,29 @@ class MessagesReader:
         block = self._blocks[index] = _Block(_plain(content))
         if block.type == "tool_use":
             self._calling = index
-            begun = self._tools.begin(block.text("id"), block.text("name"))
-            yield Chunk(text=begun, kind="tool_call")
-        yield from self._said(block.type, block.text(block.type))
+            call = self._tools.begin(block.text("id"), block.text("name"))
+            yield Chunk(text=call, kind="tool_call")
+        begun = block.text(block.type)
+        if begun and block.type == "text":
+            yield Chunk(text=begun)
+        elif begun and block.type == "thinking":
+            yield Chunk(text=begun, kind="reasoning")
 
     def _delta(self, index: int, delta: object) -> Sequence[Event]:
         block = self._blocks.get(index)
         if block is None:
             block = self._blocks[index] = _Block({"type": "text", "text": ""})
-        match _text(delta, "type"):
+        match getattr(delta, "type", None):
             case "text_delta":
-                return self._said("text", block.add("text", _text(delta, "text")))
+                piece = _text(delta, "text")
+                block.added["text"].append(piece)
+                return (Chunk.piece(piece),) if piece else ()
             case "thinking_delta":
-                return self._said("thinking", block.add("thinking", _text(delta, "thinking")))
+                piece = _text(delta, "thinking")
+                block.added["thinking"].append(piece)
+                return (Chunk.piece(piece, "reasoning"),) if piece else ()
             case "signature_delta":
-                block.add("signature", _text(delta, "signature"))
+                block.added["signature"].append(_text(delta, "signature"))
             case "citations_delta":
                 block.cite(_plain(getattr(delta, "citation", None)))
             case "input_json_delta":
@@ -205,14 +213,6 @@ class MessagesReader:
             yield from self._arguments(index, json.dumps(given, ensure_ascii=False))
         self._calling = None
         yield Chunk(text=self._tools.close(), kind="tool_call")
-
-    def _said(self, type_: str, text: str) -> Sequence[Event]:
-        if text and type_ == "text":
-            self._characters += len(text)
-            return (Chunk(text=text),)
-        if text and type_ == "thinking":
-            return (Chunk(text=text, kind="reasoning"),)
-        return ()
 
     def _arguments(self, index: int, piece: str) -> Iterator[Event]:
         if index != self._calling:
@@ -240,6 +240,9 @@ class MessagesReader:
         if total is not None:
             yield UsageReported(usage=total)
 
+    def _characters(self) -> int:
+        return sum(len(block.text("text")) for block in self._blocks.values())
+
     def _fail(self, error: object) -> None:
         fault = _plain(error)
         raise typed_error(
@@ -256,7 +259,8 @@ class _Block:
     def __init__(self, plain: dict[str, Any]) -> None:
         self.plain = plain
         self.input = ""
-        self._added: dict[str, list[str]] = {}
+        # What deltas have added to its texts, in pieces.
+        self.added: defaultdict[str, list[str]] = defaultdict(list)
 
     @property
     def type(self) -> str:
@@ -265,16 +269,7 @@ class _Block:
     def text(self, name: str) -> str:
         value = self.plain.get(name)
         begun = value if isinstance(value, str) else ""
-        return begun + "".join(self._added.get(name, ()))
-
-    def add(self, name: str, piece: str) -> str:
-        """Add a piece to a text, and return it."""
-        pieces = self._added.get(name)
-        if pieces is None:
-            self._added[name] = [piece]
-        else:
-            pieces.append(piece)
-        return piece
+        return begun + "".join(self.added.get(name, ()))
 
     def cite(self, citation: dict[str, Any]) -> None:
         self.plain["citations"] = [*(self.plain.get("citations") or ()), citation]
@@ -285,7 +280,7 @@ class _Block:
         Raises:
             StreamTruncated: They are no JSON.
         """
-        plain = {**self.plain, **{name: self.text(name) for name in self._added}}
+        plain = {**self.plain, **{name: self.text(name) for name in self.added}}
         if not self.input.strip():
             return plain
         try:

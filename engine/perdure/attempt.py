@@ -224,41 +224,49 @@ class Attempt:
                     await stream.aclose()
 
     async def _read_events(self, stream: AsyncGenerator[Event, None]) -> Completed:
+        gathered, most = self._gathered, self._timing.buffer_characters
         async for event in stream:
             if self._closing and not isinstance(event, Completed):
                 raise asyncio.CancelledError  # the adapter swallowed the one before
-            _check_storable(event)
-            match event:
-                case Chunk():
-                    self._gathered.add(event)
-                    if not event.text:
-                        continue
-                    if self._text_came is None:
-                        self._text_came = self._loop.time()
-                    self._note_news()
-                    if self._gathered.characters > self._timing.buffer_characters:
-                        self._room = asyncio.Event()
-                        await self._room.wait()
-                case UsageReported():
-                    self._usage = event.usage
-                    self._note_news()
-                case Accepted():
-                    self._accepted = event
-                    if event.reattachable:  # what a crash must not lose is written before going on
-                        await _uninterrupted(asyncio.ensure_future(self._append(event)))
-                    else:
-                        self._gathered.add(event)
-                        self._note_news()
-                case FileCreated():
-                    self._gathered.add(event)
-                    self._note_news()
-                case Completed():
-                    return event
-                case _:
-                    raise FinalError(
-                        f"the adapter yielded {event.type!r}, which is not its to write"
-                    )
+            if not isinstance(event, Chunk):
+                if (end := await self._take_in(event)) is not None:
+                    return end
+                continue
+            # Here for every delta of every answer.
+            if event.cursor is not None and not event.cursor.isascii():
+                _check_storable(event)
+            if not gathered.add_piece(event):
+                continue
+            if self._text_came is None:
+                self._text_came = self._loop.time()
+            self._note_news()
+            if gathered.characters > most:
+                self._room = asyncio.Event()
+                await self._room.wait()
         raise StreamTruncated("the stream ended without the platform's end marker")
+
+    async def _take_in(self, event: Event) -> Completed | None:
+        """Take what isn't a piece of the output; returns it where it is the end."""
+        _check_storable(event)
+        match event:
+            case UsageReported():
+                self._usage = event.usage
+                self._note_news()
+            case Accepted():
+                self._accepted = event
+                if event.reattachable:  # what a crash must not lose is written before going on
+                    await _uninterrupted(asyncio.ensure_future(self._append(event)))
+                else:
+                    self._gathered.add(event)
+                    self._note_news()
+            case FileCreated():
+                self._gathered.add(event)
+                self._note_news()
+            case Completed():
+                return event
+            case _:
+                raise FinalError(f"the adapter yielded {event.type!r}, which is not its to write")
+        return None
 
     def _note_news(self) -> None:
         """See to it that what has gathered is written, unless the end takes it along."""
@@ -541,8 +549,6 @@ class Attempt:
 
 def _check_storable(event: Event) -> None:
     """Raise unless the log can hold what an adapter yielded; a chunk's text is mended later."""
-    if isinstance(event, Chunk) and (event.cursor is None or event.cursor.isascii()):
-        return
     try:
         encode(event.model_copy(update={"text": ""}) if isinstance(event, Chunk) else event)
         if isinstance(event, (UsageReported, Completed)) and event.usage is not None:

@@ -38,32 +38,38 @@ class Gathering:
     def __init__(self, lengths: Mapping[ChunkKind, int], output: str, *, keep: bool) -> None:
         self.characters = 0
         self._parts: list[_Run | Event] = []
+        self._run: _Run | None = None  # the last part, where pieces of its kind can be added
         self._cursor: str | None = None
         self._lengths: dict[ChunkKind, int] = dict(lengths)
         self._digest = hashlib.sha256(output.encode())
         self._texts = [output] if keep else None
 
     def add(self, event: Event) -> None:
-        """Take what came next; a chunk without text only moves the cursor on."""
-        if not isinstance(event, Chunk):
-            self._parts.append(event)
-            return
-        self._cursor = event.cursor or self._cursor
-        if not event.text:
-            return
-        last = self._parts[-1] if self._parts else None
-        if not isinstance(last, _Run) or last.kind != event.kind:
-            last = _Run(event.kind)
-            self._parts.append(last)
-        last.texts.append(event.text)
-        self.characters += len(event.text)
+        """Take what came next, which is no chunk."""
+        self._parts.append(event)
+        self._run = None
+
+    def add_piece(self, piece: Chunk) -> bool:
+        """Take a chunk; returns whether it has text. One without only moves the cursor on."""
+        text, cursor = piece.text, piece.cursor
+        if cursor:
+            self._cursor = cursor
+        if not text:
+            return False
+        run = self._run
+        if run is None or run.kind != piece.kind:
+            run = self._run = _Run(piece.kind)
+            self._parts.append(run)
+        run.texts.append(text)
+        self.characters += len(text)
+        return True
 
     def take(self) -> list[Event]:
         """Return what has gathered, and forget it: pieces of one kind in a row as one chunk."""
         parts, cursor = self._parts, self._cursor
         if not parts:
             return []
-        self._parts, self._cursor, self.characters = [], None, 0
+        self._parts, self._run, self._cursor, self.characters = [], None, None, 0
         # The cursor goes with the last piece of output: after it the platform's stream goes on.
         last = None
         for part in parts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ async def test_all_that_is_made_so_is_whole(db: Path, monkeypatch: pytest.Monkey
     made: set[str] = set()
 
     def looking(
-        model: type[BaseModel], values: dict[str, Any], given: Iterable[str] | None = None
+        model: type[BaseModel], values: dict[str, Any], given: set[str] | None = None
     ) -> BaseModel:
         made.add(model.__name__)
         assert list(values) == list(model.model_fields)  # which is the order of their JSON

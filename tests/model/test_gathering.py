@@ -29,7 +29,10 @@ def test_nothing_is_lost_or_moved(steps: list[tuple[Event, bool]], before: str) 
     gathering = Gathering({"text": len(before)}, before, keep=True)
     taken: list[Event] = []
     for event, take in steps:
-        gathering.add(event)
+        if isinstance(event, Chunk):
+            assert gathering.add_piece(event) == bool(event.text)
+        else:
+            gathering.add(event)
         if take:
             taken += gathering.take()
             assert gathering.characters == 0
@@ -56,11 +59,11 @@ def test_nothing_is_lost_or_moved(steps: list[tuple[Event, bool]], before: str) 
 def test_the_cursor_goes_with_the_last_piece(take_between: bool) -> None:
     """Also one that came without text, and was given no piece to go with yet."""
     gathering = Gathering({}, "", keep=False)
-    gathering.add(Chunk(text="", cursor="7"))
+    gathering.add_piece(Chunk(text="", cursor="7"))
     if take_between:
         assert gathering.take() == []
-    gathering.add(Chunk(text="a"))
-    gathering.add(Chunk(text="b", kind="reasoning"))
+    gathering.add_piece(Chunk(text="a"))
+    gathering.add_piece(Chunk(text="b", kind="reasoning"))
     assert [(e.text, e.cursor) for e in gathering.take() if isinstance(e, Chunk)] == [
         ("a", None),
         ("b", "7"),
@@ -74,7 +77,7 @@ def test_a_chunk_of_an_adapters_own_kind() -> None:
         pass
 
     gathering = Gathering({}, "", keep=False)
-    gathering.add(Chunk(text="a"))
-    gathering.add(Marked(text="b"))
+    gathering.add_piece(Chunk(text="a"))
+    gathering.add_piece(Marked(text="b"))
     (chunk,) = gathering.take()
     assert (type(chunk), chunk) == (Chunk, Chunk(text="ab"))

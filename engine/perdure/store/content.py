@@ -74,7 +74,7 @@ def restore(
     if not places and data.get("prompt") and _AS_IT_IS.issuperset(data):
         # As `model_validate` would make it, of what was validated before it was stored.
         objects: dict[str, dict[str, Any]] = {name: {} for name in _OBJECTS}
-        return unchecked(Task, {**vars(_PATTERN), **objects, **data}, given=data)
+        return unchecked(Task, {**vars(_PATTERN), **objects, **data}, given=set(data))
     for place, holder, key in list(_shared_texts(data)):
         if place in places:
             if places[place] not in content:
