@@ -5,10 +5,12 @@ The SDK is imported inside the functions; `load_sdk` has seen to it that it is t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from perdure.errors import NotConfigured, PlatformError
+from perdure.text import JsonObject
 from perdure_adapters._endpoint import (
     DECODING_ERRORS,
     Endpoint,
@@ -19,10 +21,13 @@ from perdure_adapters._endpoint import (
 from perdure_adapters._sdk import typed_error
 
 if TYPE_CHECKING:
-    from anthropic import APIStatusError, AsyncAnthropic
+    import httpx2
+    from anthropic import AsyncAnthropic
+    from anthropic._streaming import ServerSentEvent
 
 __all__ = [
     "anthropic_client",
+    "event_data",
     "platform_schema",
     "reading_errors",
     "sdk_errors",
@@ -86,7 +91,7 @@ def typed_anthropic_error(error: Exception, endpoint: Endpoint) -> PlatformError
     cause = error.__cause__ or error
     match error:
         case anthropic.APIStatusError():
-            return _typed_status(error, endpoint)
+            return _typed_body(error.body, error.response, endpoint)
         case anthropic.APITimeoutError() | httpx2.TimeoutException():
             return endpoint.timed_out(cause)
         case anthropic.APIConnectionError() | httpx2.HTTPError():
@@ -99,23 +104,44 @@ def typed_anthropic_error(error: Exception, endpoint: Endpoint) -> PlatformError
             return endpoint.unreadable(cause)
 
 
-def _typed_status(error: APIStatusError, endpoint: Endpoint) -> PlatformError:
-    """Return the typed form of an answer that is an error, or of an error inside a stream.
+def event_data(sse: ServerSentEvent, response: httpx2.Response, endpoint: Endpoint) -> JsonObject:
+    """Return what an event of a stream says; empty where that is no JSON object.
 
-    The SDK gives the latter the status of the response, 200: what it is called decides.
+    Raises:
+        PlatformError: It says that the platform failed.
+        ValueError: It is no JSON.
     """
-    inside = error.status_code < 300
-    fault = fault_of(error.body)
-    message = message_of(error.body, fault)
-    if error.status_code in (401, 403) and endpoint.key is None:
+    if sse.event == "error":
+        body: object = sse.data
+        with contextlib.suppress(ValueError, RecursionError):
+            body = sse.json()
+        raise _typed_body(body, response, endpoint)
+    data: object = sse.json() if sse.data and sse.event != "ping" else None
+    if not isinstance(data, dict):
+        return {}
+    said = cast("JsonObject", data)
+    if said.get("type") == "error":  # which came without its name
+        raise _typed_body(said, response, endpoint)
+    return said
+
+
+def _typed_body(body: object, response: httpx2.Response, endpoint: Endpoint) -> PlatformError:
+    """Return the typed form of an error, that of an answer or one inside a stream.
+
+    What it is called decides about the latter, for the status of the response is that of a success.
+    """
+    fault = fault_of(body)
+    message = message_of(body, fault)
+    status = response.status_code
+    if status in (401, 403) and endpoint.key is None:
         message += " (no key was given)"
-    said = "reported" if inside else f"answered {error.status_code}"
+    said = "reported" if status < 300 else f"answered {status}"
     return typed_error(
         f"{endpoint.shown} {said}: {message}",
-        status=error.status_code,
+        status=status,
         names=_names(fault),
-        headers=error.response.headers,
-        request_id=error.request_id,
+        headers=response.headers,
+        request_id=response.headers.get("request-id"),
         secrets=(endpoint.key,),
     )
 

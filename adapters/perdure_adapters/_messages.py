@@ -1,7 +1,7 @@
 """The Messages format: a stream of its events into ours, and a paused turn into its next request.
 
-Everything here is pure: it reads whatever object a server's event was made into, by name and with
-suspicion, and knows neither the SDK nor the wire.
+Everything here is pure: it reads the JSON of a server's events, by name and with suspicion, and
+knows neither the SDK nor the wire.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from perdure.errors import StreamTruncated
 from perdure.events import Accepted, Chunk, Completed, Event, UsageReported
 from perdure.task import Usage
 from perdure.text import check_json
-from perdure_adapters._sdk import typed_error
 from perdure_adapters._tools import ToolCallText
 
 __all__ = ["MessagesReader", "messages_usage"]
@@ -55,17 +54,14 @@ class MessagesReader:
     Args:
         request_id: The platform's id of the request, from the response's headers.
         before: The reader of the response that this one goes on with, after a pause.
-        secrets: What must not be in the message of an error.
     """
 
     def __init__(
         self,
         request_id: str | None = None,
         before: MessagesReader | None = None,
-        secrets: Sequence[str | None] = (),
     ) -> None:
         self._request_id = request_id
-        self._secrets = secrets
         self._spent = before.usage if before is not None else None
         self._again = before is not None
         self._usage: dict[str, Any] = {}
@@ -93,29 +89,26 @@ class MessagesReader:
         raws = [*_raws(self._spent.raw), *_raws(here.raw)]
         return (self._spent + here).model_copy(update={"raw": {"responses": raws}})
 
-    def feed(self, event: object) -> Sequence[Event]:
-        """Return what ``event`` says.
+    def feed(self, event: Mapping[str, Any]) -> Sequence[Event]:
+        """Return what ``event``, which is none of an error, says.
 
         Raises:
-            PlatformError: It says that the platform failed.
             StreamTruncated: It can't follow what came before.
         """
-        type_ = getattr(event, "type", None)
+        type_ = event.get("type")
         if type_ == "content_block_delta":  # as most of all events are
-            return self._delta(_index(event), getattr(event, "delta", None))
+            return self._delta(_index(event), event.get("delta"))
         match type_:
             case "message_start":
-                return tuple(self._start(getattr(event, "message", None)))
+                return tuple(self._start(event.get("message")))
             case "content_block_start":
-                return tuple(self._open(_index(event), getattr(event, "content_block", None)))
+                return tuple(self._open(_index(event), event.get("content_block")))
             case "content_block_stop":
                 return tuple(self._close(_index(event)))
             case "message_delta":
                 return tuple(self._message_delta(event))
             case "message_stop":
                 self.stopped = True
-            case "error":  # where it came without its name, which the SDK looks at
-                self._fail(getattr(event, "error", None))
             case _:  # a ping, or what is yet to be invented
                 pass
         return ()
@@ -157,17 +150,18 @@ class MessagesReader:
         return {**body, **more, "messages": messages}
 
     def _start(self, message: object) -> Iterator[Event]:
+        begun = _object(message)
         yield Accepted(
-            response_id=_text(message, "id") or None,
+            response_id=_text(begun, "id") or None,
             request_id=self._request_id,
-            model=_text(message, "model") or None,
+            model=_text(begun, "model") or None,
             note="the platform paused, and was sent what it had said to go on" * self._again
             or None,
         )
-        yield from self._count(getattr(message, "usage", None))
+        yield from self._count(begun.get("usage"))
 
     def _open(self, index: int, content: object) -> Iterator[Event]:
-        block = self._blocks[index] = _Block(_plain(content))
+        block = self._blocks[index] = _Block(dict(_object(content)))
         if block.type == "tool_use":
             self._calling = index
             call = self._tools.begin(block.text("id"), block.text("name"))
@@ -182,21 +176,22 @@ class MessagesReader:
         block = self._blocks.get(index)
         if block is None:
             block = self._blocks[index] = _Block({"type": "text", "text": ""})
-        match getattr(delta, "type", None):
+        said = _object(delta)
+        match said.get("type"):
             case "text_delta":
-                piece = _text(delta, "text")
+                piece = _text(said, "text")
                 block.added["text"].append(piece)
                 return (Chunk.piece(piece),) if piece else ()
             case "thinking_delta":
-                piece = _text(delta, "thinking")
+                piece = _text(said, "thinking")
                 block.added["thinking"].append(piece)
                 return (Chunk.piece(piece, "reasoning"),) if piece else ()
             case "signature_delta":
-                block.added["signature"].append(_text(delta, "signature"))
+                block.added["signature"].append(_text(said, "signature"))
             case "citations_delta":
-                block.cite(_plain(getattr(delta, "citation", None)))
+                block.cite(dict(_object(said.get("citation"))))
             case "input_json_delta":
-                piece = _text(delta, "partial_json")
+                piece = _text(said, "partial_json")
                 block.input += piece
                 if block.type == "tool_use":
                     return tuple(self._arguments(index, piece))
@@ -224,15 +219,15 @@ class MessagesReader:
         if text:
             yield Chunk(text=text, kind="tool_call")
 
-    def _message_delta(self, event: object) -> Iterator[Event]:
-        delta = getattr(event, "delta", None)
+    def _message_delta(self, event: Mapping[str, Any]) -> Iterator[Event]:
+        delta = _object(event.get("delta"))
         self._stop_reason = _text(delta, "stop_reason") or self._stop_reason
-        self._container = _text(getattr(delta, "container", None), "id") or self._container
-        yield from self._count(getattr(event, "usage", None))
+        self._container = _text(_object(delta.get("container")), "id") or self._container
+        yield from self._count(event.get("usage"))
 
     def _count(self, usage: object) -> Iterator[Event]:
         """Take in what is said of tokens; counts are for the whole response so far."""
-        said = {name: value for name, value in _plain(usage).items() if value is not None}
+        said = {name: value for name, value in _object(usage).items() if value is not None}
         if not said:
             return
         self._usage |= said
@@ -242,15 +237,6 @@ class MessagesReader:
 
     def _characters(self) -> int:
         return sum(len(block.text("text")) for block in self._blocks.values())
-
-    def _fail(self, error: object) -> None:
-        fault = _plain(error)
-        raise typed_error(
-            str(fault.get("message") or "the server reported an error"),
-            names=(str(fault.get("type")),),
-            request_id=self._request_id,
-            secrets=self._secrets,
-        )
 
 
 class _Block:
@@ -289,14 +275,9 @@ class _Block:
             raise StreamTruncated("the platform sent arguments that are no JSON") from error
 
 
-def _plain(value: object) -> dict[str, Any]:
-    """Return what was sent of an object: the fields, those that the SDK doesn't know too."""
-    if isinstance(value, Mapping):
-        return dict(cast("Mapping[str, Any]", value))
-    dump = getattr(value, "model_dump", None)
-    if dump is None:
-        return {}
-    return cast("dict[str, Any]", dump(mode="json", exclude_unset=True, warnings=False))
+def _object(value: object) -> Mapping[str, Any]:
+    """Return a JSON object; an empty one where it is something else."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _count(holder: object, name: str) -> int | None:
@@ -319,11 +300,11 @@ def _raws(raw: dict[str, Any] | None) -> list[Any]:
     return [] if raw is None else list(raw.get("responses", [raw]))
 
 
-def _index(event: object) -> int:
-    index = getattr(event, "index", 0)
+def _index(event: Mapping[str, Any]) -> int:
+    index = event.get("index", 0)
     return index if isinstance(index, int) else 0
 
 
-def _text(holder: object, name: str) -> str:
-    value = getattr(holder, name, None)
+def _text(holder: Mapping[str, Any], name: str) -> str:
+    value = holder.get(name)
     return value if isinstance(value, str) else ""

@@ -1,21 +1,24 @@
 """Claude, by Anthropic's Messages API, and whatever else speaks it.
 
-Streams through the `anthropic` SDK, which is imported when the first call is made. A stream without
-a `message_stop` is `StreamTruncated`; the SDK's own retries are off, since each attempt belongs in
-the log. A message that was cut off can't be picked up: how its task goes on is policy.
+Streams through the `anthropic` SDK, which is imported when the first call is made; events are read
+as the JSON that they are. A stream without a `message_stop` is `StreamTruncated`; the SDK's own
+retries are off, since each attempt belongs in the log. A message that was cut off can't be picked
+up: how its task goes on is policy.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from perdure.adapter import Call, Capabilities
-from perdure.errors import NotConfigured
+from perdure.errors import NotConfigured, PlatformError
 from perdure.events import Event
+from perdure.text import JsonObject
 from perdure_adapters._anthropic import (
     anthropic_client,
+    event_data,
     platform_schema,
     reading_errors,
     sdk_errors,
@@ -30,12 +33,13 @@ from perdure_adapters._settings import Settings
 from perdure_adapters.base import AsyncBasePlatformAdapter
 
 if TYPE_CHECKING:
+    import httpx2
     from anthropic import AsyncAnthropic, AsyncStream
+    from anthropic._streaming import ServerSentEvent
     from anthropic.types import MessageParam, RawMessageStreamEvent
 
 __all__ = ["ClaudeAdapter"]
 
-_END: Final = object()
 _URL: Final = "https://api.anthropic.com"
 _SETTINGS: Final = (
     "api_key",
@@ -133,31 +137,35 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
         for _ in range(_MOST_PAUSES + 1):
             stream = await self._open(client, body)
             async with stream:
+                response = stream.response
                 await self._endpoint.refuse_no_stream(
-                    stream.response,
+                    response,
                     lambda error: typed_anthropic_error(error, self._endpoint),
                     errors=reading_errors(),
-                    request_id=stream.response.headers.get("request-id"),
+                    request_id=response.headers.get("request-id"),
                 )
-                reader = MessagesReader(
-                    stream.response.headers.get("request-id"),
-                    before=reader,
-                    secrets=(self._endpoint.key,),
-                )
+                reader = MessagesReader(response.headers.get("request-id"), before=reader)
+                # The SDK's models of events would take four times as long as its reading of them,
+                # and have nothing that isn't in the JSON.
+                events = stream.raw_events(response)
                 # Not in a coroutine of its own, which would be made for every piece of text.
                 while not reader.stopped:
                     try:
-                        event = await anext(stream, _END)
+                        sse = await anext(events, None)
+                        if sse is None:
+                            break
+                        event = event_data(sse, response, self._endpoint)
                     except TimeoutError:  # of a transport that has no error of its own for it
                         break
                     except reading_errors() as error:
                         raise typed_anthropic_error(error, self._endpoint) from error
-                    if event is _END:
-                        break
                     for found in reader.feed(event):
                         yield found
-                while reader.stopped and (event := await _last_words(stream)) is not _END:
-                    for found in reader.feed(event):
+                while reader.stopped:
+                    words = await self._last_words(events, response)
+                    if words is None:
+                        break
+                    for found in reader.feed(words):
                         yield found
             if not reader.paused:
                 break
@@ -201,12 +209,14 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
         except sdk_errors() as error:
             raise typed_anthropic_error(error, self._endpoint) from error
 
+    async def _last_words(
+        self, events: AsyncIterator[ServerSentEvent], response: httpx2.Response
+    ) -> JsonObject | None:
+        """Return the next event after the end marker; None where there is none.
 
-async def _last_words(stream: AsyncStream[RawMessageStreamEvent]) -> object:
-    """Return the next event after the end marker, or `_END`.
-
-    The answer is whole: so whatever goes wrong is the end.
-    """
-    with contextlib.suppress(TimeoutError, *reading_errors()):
-        return await within(_LAST_BYTES, anext(stream, _END))
-    return _END
+        The answer is whole: so whatever goes wrong is the end.
+        """
+        with contextlib.suppress(TimeoutError, PlatformError, *reading_errors()):
+            sse = await within(_LAST_BYTES, anext(events, None))
+            return None if sse is None else event_data(sse, response, self._endpoint)
+        return None

@@ -174,6 +174,10 @@ class TestAnswer:
         assert text_of(seen) == ""
         end_of(seen)
 
+
+class TestOddEvents:
+    """What a server sends besides."""
+
     @pytest.mark.parametrize(
         "odd",
         [
@@ -328,6 +332,38 @@ class TestPauses:
         delta = {"type": "content_block_delta", "index": 2, "delta": broken}
         raw.insert(-3, ("content_block_delta", json.dumps(delta)))
         assert type(await failure(messages_server, a_call(raw=raw))) is StreamTruncated
+
+
+class TestBesides:
+    """What a server sends that says nothing, or comes too late."""
+
+    @pytest.mark.parametrize(
+        "odd",
+        [
+            *(("ping", "not json"), ("ping", ""), ("message", ""), ("message", "[1, 2]")),
+            *(("message", "null"), ("message", "{}"), ("message", '{"type": [1]}')),
+            ("content_block_delta", '{"type": "content_block_delta", "index": "x", "delta": 3}'),
+            ("message_delta", '{"type": "message_delta", "delta": [], "usage": "none"}'),
+        ],
+    )
+    async def test_an_event_that_says_nothing(
+        self, messages_server: MessagesServer, odd: tuple[str, str]
+    ) -> None:
+        """Wherever one comes that can't be made anything of, the answer is what it is without."""
+        plain = events(Scenario())
+        raw = [event for one in plain for event in (odd, one)]
+        expected = await run(messages_server, a_call())
+        seen = await run(messages_server, a_call(raw=raw))
+        assert text_of(seen) == text_of(expected)
+        assert end_of(seen) == end_of(expected)
+
+    @pytest.mark.parametrize("last", [("error", "{}"), ("ping", ""), ("message", "not json")])
+    async def test_what_comes_after_the_end(
+        self, messages_server: MessagesServer, last: tuple[str, str]
+    ) -> None:
+        """An answer that is whole stays whole, whatever is said after it."""
+        raw = [*events(Scenario()), last]
+        assert end_of(await run(messages_server, a_call(raw=raw))).finish_reason == "stop"
 
 
 def _runs(kinds: list[str]) -> list[tuple[str, int]]:
