@@ -1,7 +1,7 @@
 """The chat-completions format: a call into a request, a stream of chunks into events.
 
-Everything here is pure: it reads whatever object or text a server may send in a chunk, by name and
-with suspicion, and knows neither the SDK nor the wire.
+Everything here is pure: it reads whatever JSON a server may send in a chunk, by name and with
+suspicion, and knows neither the SDK nor the wire.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def _data_url(file: LoadedFile) -> str:
 
 def chat_usage(usage: object) -> Usage:
     """Return the tokens a chat server reports: totals that include the cached and the reasoned."""
-    prompt_details = getattr(usage, "prompt_tokens_details", None)
-    output_details = getattr(usage, "completion_tokens_details", None)
+    prompt_details = value_in(usage, "prompt_tokens_details")
+    output_details = value_in(usage, "completion_tokens_details")
     input_tokens = count_in(usage, "prompt_tokens")
     output_tokens = count_in(usage, "completion_tokens")
     reasoning = count_in(output_details, "reasoning_tokens")
@@ -188,7 +188,7 @@ class ChatReader:
         if value_in(chunk, "object") == "error":  # older servers, without an `error` around it
             raise typed_error(
                 text_in(chunk, "message") or "the server reported an error",
-                names=(str(getattr(chunk, "code", "")), text_in(chunk, "type")),
+                names=(str(value_in(chunk, "code")), text_in(chunk, "type")),
                 request_id=self._request_id,
                 secrets=self._secrets,
             )
@@ -284,8 +284,10 @@ class _ToolCalls:
         Raises:
             StreamTruncated: It is one of a call that was closed when the next one began.
         """
-        function = getattr(call, "function", None)
-        index = getattr(call, "index", None)
+        function = value_in(call, "function")
+        index = value_in(call, "index")
+        if isinstance(index, (list, dict)):  # which nothing could be told apart by
+            index = None
         id_ = text_in(call, "id")
         text = ""
         # Some servers number all calls 0 and tell them apart by their id alone.
@@ -297,7 +299,7 @@ class _ToolCalls:
             self._index, self._id = index, id_
             self._begun.add((index, id_))
             text = self._text.begin(id_, name)
-        arguments: object = getattr(function, "arguments", None)
+        arguments = value_in(function, "arguments")
         if arguments is not None and not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
         return text + self._text.arguments(arguments or "")

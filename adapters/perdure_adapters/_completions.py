@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from perdure.errors import InvalidRequest, PlatformError
 from perdure.events import Event
@@ -21,7 +21,6 @@ from perdure_adapters._sdk import within
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, AsyncStream
-    from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
 __all__ = ["Completions"]
 
@@ -79,42 +78,46 @@ class Completions:
         model: str,
         messages: list[dict[str, Any]],
         parameters: dict[str, Any],
-    ) -> AsyncStream[ChatCompletionChunk]:
+    ) -> AsyncStream[object]:
         """Return the opened stream, asking for usage unless the server doesn't know that."""
-        asked = self._asks_for_usage
+        body = {"model": model, "messages": messages, "stream": True, **parameters}
+        asked = {**body, "stream_options": {"include_usage": True}}
+        if not self._asks_for_usage:
+            return await _create(client, body, self._endpoint)
         try:
-            return await self._create(client, model, messages, parameters, usage=asked)
+            return await _create(client, asked, self._endpoint)
         except InvalidRequest as error:
-            if not asked or not _is_about_usage(error):
+            if not _is_about_usage(error):
                 raise
-        stream = await self._create(client, model, messages, parameters, usage=False)
+        stream = await _create(client, body, self._endpoint)
         self._asks_for_usage = False
         return stream
 
-    async def _create(
-        self,
-        client: AsyncOpenAI,
-        model: str,
-        messages: list[dict[str, Any]],
-        parameters: dict[str, Any],
-        *,
-        usage: bool,
-    ) -> AsyncStream[ChatCompletionChunk]:
-        from openai import omit
 
-        try:
-            return await client.chat.completions.create(
-                model=model,
-                messages=cast("list[ChatCompletionMessageParam]", messages),
-                stream=True,
-                stream_options={"include_usage": True} if usage else omit,
-                extra_body=parameters,
-            )
-        except sdk_errors() as error:
-            raise typed_openai_error(error, self._endpoint) from error
+async def _create(
+    client: AsyncOpenAI, body: dict[str, Any], endpoint: OpenAIEndpoint
+) -> AsyncStream[object]:
+    """Return the opened stream of a completion's chunks, as the JSON that they are.
+
+    The SDK's own `create` would make a model of each, which takes ten times as long as all else
+    that it does to read one.
+    """
+    from openai import AsyncStream
+
+    try:
+        return await client.post(
+            "/chat/completions",
+            body=body,
+            cast_to=object,
+            stream=True,
+            stream_cls=AsyncStream[object],
+            options={"security": {"bearer_auth": True}},  # the key, and no administrator's one
+        )
+    except sdk_errors() as error:
+        raise typed_openai_error(error, endpoint) from error
 
 
-async def _last_words(stream: AsyncStream[ChatCompletionChunk]) -> object:
+async def _last_words(stream: AsyncStream[object]) -> object:
     """Return the next chunk after the end marker, or `_END`.
 
     Only the count of tokens can be missing then. The answer is whole, and asking for it again would

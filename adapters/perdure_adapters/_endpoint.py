@@ -131,7 +131,9 @@ class Endpoint:
         """
         import httpx2
 
-        return httpx2.AsyncClient(
+        from perdure_adapters._http import HttpClient
+
+        return HttpClient(
             timeout=self.timeout,
             follow_redirects=follow_redirects,
             limits=httpx2.Limits(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Final, cast
 
 from perdure.text import check_json
@@ -14,20 +13,21 @@ _NO_MODEL: Final = object()
 
 
 def value_in(holder: object, name: str) -> object:
-    """Return what an object, or a mapping where the SDK made no object of it, has of that name.
+    """Return what a JSON object, or what an SDK made of it, has of that name.
 
     A model of pydantic takes 2 µs to say that it has none, which is asked of every piece of every
     answer: so its fields, and what came without a field, are looked at as the dicts they are.
     """
+    if isinstance(holder, dict):
+        return cast("dict[str, object]", holder).get(name)
     fields: dict[str, object] | None = getattr(holder, "__dict__", None)
-    if fields is not None:
-        if name in fields:
-            return fields[name]
-        more: object = getattr(holder, "__pydantic_extra__", _NO_MODEL)
-        if more is not _NO_MODEL:
-            return cast("dict[str, object]", more).get(name) if more else None
-    if isinstance(holder, Mapping):
-        return cast("Mapping[str, object]", holder).get(name)
+    if fields is None:  # a text, a number, a list
+        return None
+    if name in fields:
+        return fields[name]
+    more: object = getattr(holder, "__pydantic_extra__", _NO_MODEL)
+    if more is not _NO_MODEL:
+        return cast("dict[str, object]", more).get(name) if more else None
     return getattr(holder, name, None)
 
 
@@ -53,10 +53,13 @@ def count_in(holder: object, name: str) -> int | None:
 
 def raw_form(usage: object) -> dict[str, Any] | None:
     """Return the tokens in the server's own words; None where they can't be stored."""
-    dump = getattr(usage, "model_dump", None)
-    if dump is None:
-        return None
+    plain: object = usage
+    if not isinstance(usage, dict):
+        dump = getattr(usage, "model_dump", None)
+        if dump is None:
+            return None
+        plain = dump(exclude_unset=True, warnings=False)
     try:
-        return cast("dict[str, Any]", check_json(dump(exclude_unset=True, warnings=False)))
+        return cast("dict[str, Any]", check_json(plain))
     except ValueError:  # a number no database takes: the counts are what matters
         return None

@@ -143,6 +143,9 @@ class TestAnswer:
     @pytest.mark.parametrize(
         "odd",
         [
+            '{"choices": [{"delta": {"tool_calls": [5, "x", null, []]}}]}',
+            '{"choices": [{"delta": {"tool_calls": [{"index": [1], "function": {"name": {}}}]}}]}',
+            '{"choices": [{"delta": {"content": {"a": 1}}}], "usage": [3]}',
             "5",
             "[]",
             "null",
