@@ -18,8 +18,9 @@ class HttpClient(httpx2.AsyncClient):
 
     A server may close a connection that it has promised to keep (llama.cpp does after each streamed
     answer) while the next request is on its way. Nobody has read that request, so it is sent again,
-    in the end on a new connection. One on a new connection, or one that was answered or broke off
-    after a while, may have been read and paid for: its error stands, and what follows from it is
+    in the end on a new connection. It looks the same where a server reads a request and dies within
+    a second, which is much rarer. A request on a new connection, or one that was answered or broke
+    off later, may well have been read and paid for: its error stands, and what follows from it is
     for the log to say.
     """
 
