@@ -13,8 +13,8 @@ from perdure_adapters._endpoint import LAST_WORDS
 from perdure_adapters._openai import (
     OpenAIEndpoint,
     check_streams,
+    open_stream,
     reading_errors,
-    sdk_errors,
     typed_openai_error,
 )
 from perdure_adapters._sdk import within
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Completions"]
 
 _END: Final = object()
+_PATH: Final = "/chat/completions"
 
 
 class Completions:
@@ -80,41 +81,18 @@ class Completions:
         parameters: dict[str, Any],
     ) -> AsyncStream[object]:
         """Return the opened stream, asking for usage unless the server doesn't know that."""
-        body = {"model": model, "messages": messages, "stream": True, **parameters}
+        body = {"model": model, "messages": messages, **parameters}
         asked = {**body, "stream_options": {"include_usage": True}}
         if not self._asks_for_usage:
-            return await _create(client, body, self._endpoint)
+            return await open_stream(client, _PATH, body, self._endpoint)
         try:
-            return await _create(client, asked, self._endpoint)
+            return await open_stream(client, _PATH, asked, self._endpoint)
         except InvalidRequest as error:
             if not _is_about_usage(error):
                 raise
-        stream = await _create(client, body, self._endpoint)
+        stream = await open_stream(client, _PATH, body, self._endpoint)
         self._asks_for_usage = False
         return stream
-
-
-async def _create(
-    client: AsyncOpenAI, body: dict[str, Any], endpoint: OpenAIEndpoint
-) -> AsyncStream[object]:
-    """Return the opened stream of a completion's chunks, as the JSON that they are.
-
-    The SDK's own `create` would make a model of each, which takes ten times as long as all else
-    that it does to read one.
-    """
-    from openai import AsyncStream
-
-    try:
-        return await client.post(
-            "/chat/completions",
-            body=body,
-            cast_to=object,
-            stream=True,
-            stream_cls=AsyncStream[object],
-            options={"security": {"bearer_auth": True}},  # the key, and no administrator's one
-        )
-    except sdk_errors() as error:
-        raise typed_openai_error(error, endpoint) from error
 
 
 async def _last_words(stream: AsyncStream[object]) -> object:

@@ -23,6 +23,7 @@ from perdure_adapters._models import DEFAULT_MODELS
 from perdure_adapters._openai import (
     OpenAIEndpoint,
     check_streams,
+    open_stream,
     reading_errors,
     sdk_errors,
     typed_openai_error,
@@ -250,7 +251,7 @@ class ChatGPTAdapter(AsyncBasePlatformAdapter):
 
     async def _open(
         self, client: AsyncOpenAI, body: dict[str, Any], background: bool
-    ) -> tuple[AsyncStream[ResponseStreamEvent], str | None]:
+    ) -> tuple[AsyncStream[object], str | None]:
         """Return the opened stream and, where the platform refuses background, its words."""
         if not background:
             return await self._create(client, body), None
@@ -266,13 +267,8 @@ class ChatGPTAdapter(AsyncBasePlatformAdapter):
         self._refusal = refusal
         return stream, refusal
 
-    async def _create(
-        self, client: AsyncOpenAI, body: dict[str, Any]
-    ) -> AsyncStream[ResponseStreamEvent]:
-        try:
-            return await client.responses.create(stream=True, extra_body=body)
-        except sdk_errors() as error:
-            raise typed_openai_error(error, self._endpoint) from error
+    async def _create(self, client: AsyncOpenAI, body: dict[str, Any]) -> AsyncStream[object]:
+        return await open_stream(client, "/responses", body, self._endpoint)
 
     async def _pick_up(self, resume: Resume) -> AsyncGenerator[Event, None]:
         """Go on with a response: by its stream, or by the whole where that can't be had."""
@@ -326,7 +322,7 @@ class ChatGPTAdapter(AsyncBasePlatformAdapter):
     async def _read(
         self,
         client: AsyncOpenAI,
-        stream: AsyncStream[ResponseStreamEvent],
+        stream: AsyncStream[Any],
         reader: ResponseReader,
     ) -> AsyncGenerator[Event, None]:
         """Yield what the stream says, up to its end or the platform's end marker."""
@@ -344,7 +340,7 @@ class ChatGPTAdapter(AsyncBasePlatformAdapter):
                     while await anext(stream, _END) is not _END:
                         pass
 
-    async def _next(self, stream: AsyncStream[ResponseStreamEvent]) -> object:
+    async def _next(self, stream: AsyncStream[Any]) -> object:
         try:
             return await anext(stream, _END)
         except reading_errors() as error:
