@@ -109,14 +109,16 @@ def event_data(sse: ServerSentEvent, response: httpx2.Response, endpoint: Endpoi
 
     Raises:
         PlatformError: It says that the platform failed.
-        ValueError: It is no JSON.
+        ValueError: It has a name of the platform's, and is no JSON.
     """
+    data: object = sse.data
+    if sse.event is None or sse.event == "error":
+        with contextlib.suppress(ValueError, RecursionError):  # as a gateway's own may be
+            data = sse.json()
+    elif data and sse.event != "ping":
+        data = sse.json()
     if sse.event == "error":
-        body: object = sse.data
-        with contextlib.suppress(ValueError, RecursionError):
-            body = sse.json()
-        raise _typed_body(body, response, endpoint)
-    data: object = sse.json() if sse.data and sse.event != "ping" else None
+        raise _typed_body(data, response, endpoint)
     if not isinstance(data, dict):
         return {}
     said = cast("JsonObject", data)

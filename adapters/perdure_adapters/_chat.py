@@ -285,9 +285,7 @@ class _ToolCalls:
             StreamTruncated: It is one of a call that was closed when the next one began.
         """
         function = value_in(call, "function")
-        index = value_in(call, "index")
-        if isinstance(index, (list, dict)):  # which nothing could be told apart by
-            index = None
+        index = count_in(call, "index")
         id_ = text_in(call, "id")
         text = ""
         # Some servers number all calls 0 and tell them apart by their id alone.

@@ -10,7 +10,8 @@ import httpx2
 __all__ = ["HttpClient"]
 
 _JUST_HUNG_UP: Final = 1.0
-"""Seconds in which a connection that the server had closed before turns out to be closed."""
+"""Seconds in which connections that the server had closed before turn out to be closed."""
+_NO_ANSWER: Final = "without sending a response"
 
 
 class HttpClient(httpx2.AsyncClient):
@@ -19,9 +20,9 @@ class HttpClient(httpx2.AsyncClient):
     A server may close a connection that it has promised to keep (llama.cpp does after each streamed
     answer) while the next request is on its way. Nobody has read that request, so it is sent again,
     in the end on a new connection. It looks the same where a server reads a request and dies within
-    a second, which is much rarer. A request on a new connection, or one that was answered or broke
-    off later, may well have been read and paid for: its error stands, and what follows from it is
-    for the log to say.
+    a second, before it has sent a whole head, which is much rarer. A request on a new connection,
+    or one that was answered or broke off later, may well have been read and paid for: its error
+    stands, and what follows from it is for the log to say.
     """
 
     async def send(
@@ -30,29 +31,33 @@ class HttpClient(httpx2.AsyncClient):
         **how: Any,  # noqa: ANN401 - what the base takes
     ) -> httpx2.Response:
         """Send a request and return its response, as the base does."""
+        began = time.monotonic()
         while True:
-            followed = _Followed()
-            request.extensions = {**request.extensions, "trace": followed.note}
+            steps = _Steps()
+            request.extensions = {**request.extensions, "trace": steps.note}
             try:
                 return await super().send(request, **how)
-            except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError):
-                if not followed.unread or not isinstance(request.stream, httpx2.ByteStream):
+            except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as error:
+                odd = isinstance(error, httpx2.RemoteProtocolError) and _NO_ANSWER not in str(error)
+                late = time.monotonic() - began > _JUST_HUNG_UP
+                lasting = isinstance(request.stream, httpx2.ByteStream)
+                if odd or late or not lasting or not steps.unanswered:
                     raise
 
 
-class _Followed:
+class _Steps:
     """What httpcore2 tells of a request on its way."""
 
     def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._new_or_answered = False
+        self._sent = self._connected = self._answered = False
 
     async def note(self, step: str, _details: dict[str, Any]) -> None:
-        """Take note of a step."""
-        if step.startswith("connection.") or step.endswith(".receive_response_headers.complete"):
-            self._new_or_answered = True
+        """Take note of a step; the first part of its name says which kind of connection took it."""
+        self._sent = self._sent or step.endswith(".send_request_headers.started")
+        self._connected = self._connected or ".connect_" in step
+        self._answered = self._answered or step.endswith(".receive_response_headers.complete")
 
     @property
-    def unread(self) -> bool:
-        """Whether it went to a connection that had ended."""
-        return not self._new_or_answered and time.monotonic() - self._began < _JUST_HUNG_UP
+    def unanswered(self) -> bool:
+        """Whether it was sent on a connection of an earlier request, and nothing came back."""
+        return self._sent and not (self._connected or self._answered)

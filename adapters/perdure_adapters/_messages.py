@@ -15,6 +15,7 @@ from perdure.errors import StreamTruncated
 from perdure.events import Accepted, Chunk, Completed, Event, UsageReported
 from perdure.task import Usage
 from perdure.text import check_json
+from perdure_adapters._reading import count_in, list_in, text_in
 from perdure_adapters._tools import ToolCallText
 
 __all__ = ["MessagesReader", "messages_usage"]
@@ -34,16 +35,16 @@ _PAUSED: Final = "pause_turn"
 
 def messages_usage(usage: Mapping[str, Any]) -> Usage:
     """Return the tokens of one response, of which Anthropic counts the cached ones apart."""
-    plain = _count(usage, "input_tokens")
-    read = _count(usage, "cache_read_input_tokens")
-    written = _count(usage, "cache_creation_input_tokens")
+    plain = count_in(usage, "input_tokens")
+    read = count_in(usage, "cache_read_input_tokens")
+    written = count_in(usage, "cache_creation_input_tokens")
     details = usage.get("output_tokens_details")
     return Usage(
         input_tokens=None if plain is None else plain + (read or 0) + (written or 0),
-        output_tokens=_count(usage, "output_tokens"),
+        output_tokens=count_in(usage, "output_tokens"),
         cache_read_tokens=read,
         cache_write_tokens=written,
-        reasoning_tokens=_count(details, "thinking_tokens"),
+        reasoning_tokens=count_in(details, "thinking_tokens"),
         raw=_storable(usage),
     )
 
@@ -152,9 +153,9 @@ class MessagesReader:
     def _start(self, message: object) -> Iterator[Event]:
         begun = _object(message)
         yield Accepted(
-            response_id=_text(begun, "id") or None,
+            response_id=text_in(begun, "id") or None,
             request_id=self._request_id,
-            model=_text(begun, "model") or None,
+            model=text_in(begun, "model") or None,
             note="the platform paused, and was sent what it had said to go on" * self._again
             or None,
         )
@@ -179,19 +180,19 @@ class MessagesReader:
         said = _object(delta)
         match said.get("type"):
             case "text_delta":
-                piece = _text(said, "text")
+                piece = text_in(said, "text")
                 block.added["text"].append(piece)
                 return (Chunk.piece(piece),) if piece else ()
             case "thinking_delta":
-                piece = _text(said, "thinking")
+                piece = text_in(said, "thinking")
                 block.added["thinking"].append(piece)
                 return (Chunk.piece(piece, "reasoning"),) if piece else ()
             case "signature_delta":
-                block.added["signature"].append(_text(said, "signature"))
+                block.added["signature"].append(text_in(said, "signature"))
             case "citations_delta":
                 block.cite(dict(_object(said.get("citation"))))
             case "input_json_delta":
-                piece = _text(said, "partial_json")
+                piece = text_in(said, "partial_json")
                 block.input += piece
                 if block.type == "tool_use":
                     return tuple(self._arguments(index, piece))
@@ -221,8 +222,8 @@ class MessagesReader:
 
     def _message_delta(self, event: Mapping[str, Any]) -> Iterator[Event]:
         delta = _object(event.get("delta"))
-        self._stop_reason = _text(delta, "stop_reason") or self._stop_reason
-        self._container = _text(_object(delta.get("container")), "id") or self._container
+        self._stop_reason = text_in(delta, "stop_reason") or self._stop_reason
+        self._container = text_in(_object(delta.get("container")), "id") or self._container
         yield from self._count(event.get("usage"))
 
     def _count(self, usage: object) -> Iterator[Event]:
@@ -258,7 +259,7 @@ class _Block:
         return begun + "".join(self.added.get(name, ()))
 
     def cite(self, citation: dict[str, Any]) -> None:
-        self.plain["citations"] = [*(self.plain.get("citations") or ()), citation]
+        self.plain["citations"] = [*list_in(self.plain, "citations"), citation]
 
     def whole(self) -> dict[str, Any]:
         """Return the block with its arguments in place.
@@ -280,15 +281,6 @@ def _object(value: object) -> Mapping[str, Any]:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
-def _count(holder: object, name: str) -> int | None:
-    if not isinstance(holder, Mapping):
-        return None
-    value = cast("Mapping[str, object]", holder).get(name)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
 def _storable(usage: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         return cast("dict[str, Any]", check_json(dict(usage)))
@@ -303,8 +295,3 @@ def _raws(raw: dict[str, Any] | None) -> list[Any]:
 def _index(event: Mapping[str, Any]) -> int:
     index = event.get("index", 0)
     return index if isinstance(index, int) else 0
-
-
-def _text(holder: Mapping[str, Any], name: str) -> str:
-    value = holder.get(name)
-    return value if isinstance(value, str) else ""

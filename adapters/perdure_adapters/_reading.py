@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final, cast
 
 from perdure.text import check_json
@@ -10,6 +11,7 @@ __all__ = ["count_in", "list_in", "raw_form", "text_in", "value_in"]
 
 
 _NO_MODEL: Final = object()
+_DIGITS: Final = re.compile("[0-9]{1,18}")
 
 
 def value_in(holder: object, name: str) -> object:
@@ -44,10 +46,12 @@ def list_in(holder: object, name: str) -> list[object]:
 
 
 def count_in(holder: object, name: str) -> int | None:
-    """Return a whole number from 0 on; None where it is none."""
+    """Return a whole number from 0 on, also where it was sent as a text; None where it is none."""
     value = value_in(holder, name)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else None
+    elif isinstance(value, str):
+        value = int(value) if _DIGITS.fullmatch(value) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 

@@ -21,7 +21,6 @@ from perdure_adapters._anthropic import (
     event_data,
     platform_schema,
     reading_errors,
-    sdk_errors,
     typed_anthropic_error,
 )
 from perdure_adapters._claude_request import message_body
@@ -206,7 +205,7 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
                 # As it is: the SDK's own parameters would be looked through for files first.
                 extra_body=rest,
             )
-        except sdk_errors() as error:
+        except reading_errors() as error:  # what a platform sent may be nothing to send back
             raise typed_anthropic_error(error, self._endpoint) from error
 
     async def _last_words(

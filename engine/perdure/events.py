@@ -128,14 +128,14 @@ class Chunk(Event):
     length: int | None = None
     """Characters there were, where the text was redacted."""
 
-    @classmethod
-    def piece(cls, text: str, kind: ChunkKind = "text") -> Chunk:
+    @staticmethod
+    def piece(text: str, kind: ChunkKind = "text") -> Chunk:
         """Return ``Chunk(text=text, kind=kind)`` in half the time: nothing is looked at.
 
         For adapters that know that what they have is a text; there is one for each delta.
         """
         values = {"text": text, "kind": kind, "offset": 0, "cursor": None, "length": None}
-        return unchecked(cls, values, {"text", "kind"})
+        return unchecked(Chunk, values, {"text", "kind"})
 
 
 class UsageReported(Event):

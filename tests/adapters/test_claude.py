@@ -322,6 +322,15 @@ class TestPauses:
         assert (end.finish_reason, end.platform_finish_reason) == ("length", "pause_turn")
         assert messages_server.generations == 26
 
+    async def test_what_cant_be_sent_back(self, messages_server: MessagesServer) -> None:
+        """A number that is none in JSON is an unreadable stream, not a fault of the adapter's."""
+        told = events(Scenario(blocks=SEARCH, stop_reason="pause_turn"))
+        odd = (
+            '{"type": "content_block_start", "index": 9, "content_block": {"type": "x", "n": NaN}}'
+        )
+        raw = [*told[:2], ("content_block_start", odd), *told[2:]]
+        assert type(await failure(messages_server, a_call(raw=raw))) is StreamTruncated
+
     async def test_broken_arguments_cant_be_sent_back(
         self, messages_server: MessagesServer
     ) -> None:
@@ -364,6 +373,22 @@ class TestBesides:
         """An answer that is whole stays whole, whatever is said after it."""
         raw = [*events(Scenario()), last]
         assert end_of(await run(messages_server, a_call(raw=raw))).finish_reason == "stop"
+
+    async def test_a_gateways_own_events(self, messages_server: MessagesServer) -> None:
+        """Without a name they may be anything; the answer is whole, and the connection is kept."""
+        told = events(Scenario())
+        raw = [*told[:3], ("", "ping"), *told[3:], ("", "[DONE]")]
+        async with an_adapter(messages_server) as adapter:
+            for _ in range(2):
+                assert text_of(await drain(adapter, a_call(raw=raw))) == TEXT
+        assert messages_server.connections == 1
+
+    async def test_counts_that_are_texts(self, messages_server: MessagesServer) -> None:
+        """A number is one in quotation marks too."""
+        told = {"output_tokens": "12"}
+        usage = end_of(await run(messages_server, a_call(end_usage=told))).usage
+        assert usage is not None
+        assert usage.output_tokens == 12
 
 
 def _runs(kinds: list[str]) -> list[tuple[str, int]]:

@@ -108,6 +108,18 @@ class TestAnswer:
         ]
         assert end_of(seen).finish_reason == "tool_calls"
 
+    async def test_numbers_that_are_texts(self, chat_server: ChatServer) -> None:
+        """A number is one in quotation marks too, of a call as of tokens."""
+        rest: dict[str, Any] = _called(0, None, None, '"Ulm"}')
+        rest["tool_calls"][0]["index"] = "0"
+        deltas = [_called(0, "a", "weather", '{"city": '), rest]
+        usage = {"prompt_tokens": "7", "completion_tokens": 2.0, "total_tokens": "x"}
+        seen = await run(chat_server, a_call(deltas=deltas, usage=usage))
+        assert json.loads(text_of(seen, "tool_call"))["arguments"] == {"city": "Ulm"}
+        told = end_of(seen).usage
+        assert told is not None
+        assert (told.input_tokens, told.output_tokens) == (7, 2)
+
     @pytest.mark.parametrize("id_", [None, "a"])
     async def test_calls_whose_pieces_are_mixed_up(
         self, chat_server: ChatServer, id_: str | None

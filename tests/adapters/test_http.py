@@ -20,13 +20,13 @@ class Server:
 
     Attributes:
         answers: How often, connection by connection; what comes after them is answered for ever.
-        half: Whether half an answer comes before that.
+        last: What it says before it hangs up.
         requests: How many it has read, connection by connection.
     """
 
     def __init__(self, answers: list[int]) -> None:
         self.answers = answers
-        self.half = False
+        self.last = b""
         self.requests: list[int] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -39,8 +39,7 @@ class Server:
                 await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
                 self.requests[number] += 1
                 if number < len(self.answers) and self.requests[number] > self.answers[number]:
-                    if self.half:
-                        writer.write(ANSWER[:-1])
+                    writer.write(self.last)
                     break
                 writer.write(ANSWER)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -81,7 +80,7 @@ async def test_a_new_connection() -> None:
 async def test_an_answer_that_has_begun() -> None:
     """It was read, so it isn't asked again, whether the body is read at once or later."""
     async with serving(1, 1) as (server, client):
-        server.half = True
+        server.last = ANSWER[:-1]
         await client.post("/", content=b"a")
         with pytest.raises(httpx2.RemoteProtocolError):
             await client.post("/", content=b"b")
@@ -114,3 +113,49 @@ async def test_a_body_that_is_gone() -> None:
         with pytest.raises(httpx2.RemoteProtocolError):
             await client.post("/", content=body(), headers={"content-length": "1"})
     assert server.requests == [2]
+
+
+@pytest.mark.parametrize("said", [b"no HTTP at all\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n"])
+async def test_an_answer_that_is_none(said: bytes) -> None:
+    """Who said something has read what was sent."""
+    async with serving(1) as (server, client):
+        server.last = said
+        await client.post("/", content=b"a")
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await client.post("/", content=b"b")
+    assert server.requests == [2]
+
+
+async def test_a_transport_that_tells_nothing() -> None:
+    """Without a word on how far it came, a request isn't sent again."""
+    asked: list[httpx2.Request] = []
+
+    def hang_up(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request)
+        raise httpx2.RemoteProtocolError("Server disconnected without sending a response.")
+
+    async with HttpClient(transport=httpx2.MockTransport(hang_up)) as client:
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await client.post("http://127.0.0.1/", content=b"a")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("kind", ["connection.connect_tcp", "socks.connect_tcp"])
+async def test_new_connections_of_all_kinds(kind: str) -> None:
+    """A proxy's connections have steps with another name."""
+    told = [f"{kind}.started", "http11.send_request_headers.started"]
+
+    class Hangs(httpx2.AsyncBaseTransport):
+        asked = 0
+
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+            self.asked += 1
+            for step in told:
+                await request.extensions["trace"](step, {})
+            raise httpx2.ReadError("reset")
+
+    transport = Hangs()
+    async with HttpClient(transport=transport) as client:
+        with pytest.raises(httpx2.ReadError):
+            await client.post("http://127.0.0.1/", content=b"a")
+    assert transport.asked == 1
