@@ -109,7 +109,7 @@ def event_data(sse: ServerSentEvent, response: httpx2.Response, endpoint: Endpoi
 
     Raises:
         PlatformError: It says that the platform failed.
-        ValueError: It has a name of the platform's, and is no JSON.
+        ValueError: It has a name, and is no JSON.
     """
     data: object = sse.data
     if sse.event is None or sse.event == "error":

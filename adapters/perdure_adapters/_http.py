@@ -38,10 +38,12 @@ class HttpClient(httpx2.AsyncClient):
             try:
                 return await super().send(request, **how)
             except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as error:
-                odd = isinstance(error, httpx2.RemoteProtocolError) and _NO_ANSWER not in str(error)
+                garbled = isinstance(error, httpx2.RemoteProtocolError) and _NO_ANSWER not in str(
+                    error
+                )
                 late = time.monotonic() - began > _JUST_HUNG_UP
                 lasting = isinstance(request.stream, httpx2.ByteStream)
-                if odd or late or not lasting or not steps.unanswered:
+                if garbled or late or not lasting or not steps.unanswered:
                     raise
 
 
