@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+# One process runs them all: what takes long is done once.
+pytestmark = pytest.mark.xdist_group("benchmarks")
+
 ROOT = Path(__file__).resolve().parent.parent
 CASES = sorted(
     path.stem for path in (ROOT / "benchmarks/cases").glob("*.py") if path.stem != "__init__"

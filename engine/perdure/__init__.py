@@ -24,6 +24,9 @@ if TYPE_CHECKING:
         LoadedFile,
         Resume,
     )
+    from perdure.attempt import (
+        Timing,
+    )
     from perdure.engine import (
         Engine,
         execute,
@@ -68,6 +71,9 @@ if TYPE_CHECKING:
         FileCreated,
         RecordedEvent,
         UsageReported,
+    )
+    from perdure.policy import (
+        RetryPolicy,
     )
     from perdure.store.claims import (
         Scope,
@@ -140,6 +146,7 @@ __all__ = [
     "Recovery",
     "Result",
     "Resume",
+    "RetryPolicy",
     "RetryableError",
     "RunningLoop",
     "Scope",
@@ -157,6 +164,7 @@ __all__ = [
     "TaskType",
     "TextChunk",
     "TimeLimitExceeded",
+    "Timing",
     "Tool",
     "ToolCall",
     "UnknownPlatform",
@@ -176,6 +184,7 @@ _HOMES = {
         "LoadedFile",
         "Resume",
     ),
+    "perdure.attempt": ("Timing",),
     "perdure.engine": (
         "Engine",
         "execute",
@@ -221,6 +230,7 @@ _HOMES = {
         "RecordedEvent",
         "UsageReported",
     ),
+    "perdure.policy": ("RetryPolicy",),
     "perdure.store.claims": ("Scope",),
     "perdure.store.records": (
         "TaskFilter",
