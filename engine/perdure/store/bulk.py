@@ -8,7 +8,7 @@ column's type, and one statement takes many of them (see `direct`).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final, NamedTuple
 
@@ -30,19 +30,27 @@ MOST_BYTES_AS_JSON: Final = 4_000_000
 MOST_FORMS: Final = 100
 
 
+Parameters = Mapping[str, object]
+
+
 def plain_rows(
-    connection: Connection, statement: sa.Select[*tuple[Any, ...]]
+    connection: Connection,
+    statement: sa.Select[*tuple[Any, ...]],
+    parameters: Parameters | None = None,
 ) -> Generator[tuple[Any, ...], None, None]:
     """Yield the rows of a query as plain tuples."""
-    for rows in plain_pages(connection, statement):
+    for rows in plain_pages(connection, statement, parameters):
         yield from rows
 
 
 def plain_pages(
-    connection: Connection, statement: sa.Select[*tuple[Any, ...]], size: int = 5000
+    connection: Connection,
+    statement: sa.Select[*tuple[Any, ...]],
+    parameters: Parameters | None = None,
+    size: int = 5000,
 ) -> Iterator[Sequence[tuple[Any, ...]]]:
     """Yield the rows of a query as plain tuples, ``size`` of them at a time."""
-    result = connection.execute(statement)
+    result = connection.execute(statement, parameters)
     try:
         types = [column.type for column in statement.selected_columns]
         processors = processors_of(types, connection.dialect, binding=False)

@@ -146,8 +146,8 @@ def _look(connection: Connection, share: _Share) -> _Found:
     folds = leniently(connection, lambda: _fold(connection, share))
     right = _right_rows(connection, folds.values())
     on_server = connection.dialect.name == "postgresql"
-    page = _stored_rows(connection.dialect.name).where(_within(tasks.c.stream_id, share))
-    stored = {row[0]: row for row in page_of(connection, page)}
+    page = page_of(connection, _stored_rows(connection.dialect.name), share._asdict())
+    stored = {row[0]: row for row in page}
     wrong = [key for key in folds if stored.get(key) != right.get(key)]
     written = set(wrong)
     if on_server:
@@ -155,8 +155,26 @@ def _look(connection: Connection, share: _Share) -> _Found:
     return _Found(len(right), wrong, {key: right.get(key) for key in sorted(written)})
 
 
-def _within(column: sa.Column[int], share: _Share) -> sa.ColumnElement[bool]:
-    return column.between(share.after + 1, share.last)
+def _within_share(column: sa.Column[int]) -> sa.ColumnElement[bool]:
+    """Return whether a stream is in the share that the statement is executed with."""
+    return sa.and_(column > sa.bindparam("after"), column <= sa.bindparam("last"))
+
+
+# Made once: to put them together for each share took a twentieth of the time.
+_TOLD: Final = (
+    sa.select(
+        *(events.c.stream_id, events.c.version, events.c.type),
+        *(events.c.schema_version, events.c.data),
+        as_stored(events.c.recorded_at),
+    )
+    .where(_within_share(events.c.stream_id))
+    .order_by(events.c.stream_id, events.c.version)
+)
+_THERE: Final = (
+    sa.select(streams.c.stream_id, streams.c.task_id)
+    .where(_within_share(streams.c.stream_id))
+    .order_by(streams.c.stream_id)
+)
 
 
 def _replace(
@@ -202,7 +220,7 @@ def _stored_rows(dialect: str) -> sa.Select[*tuple[Any, ...]]:
             column if isinstance(column.type, spelt_anew) else as_stored(column)
             for column in tasks.c
         )
-    )
+    ).where(_within_share(tasks.c.stream_id))
 
 
 def _right_rows(connection: Connection, folds: Iterable[TaskFold]) -> dict[int, _Values]:
@@ -213,22 +231,12 @@ def _right_rows(connection: Connection, folds: Iterable[TaskFold]) -> dict[int, 
 
 def _fold(connection: Connection, share: _Share) -> dict[int, TaskFold]:
     """Return the folds of these streams, by ascending stream."""
-    there = sa.select(streams.c.stream_id, streams.c.task_id)
-    there = there.where(_within(streams.c.stream_id, share)).order_by(streams.c.stream_id)
+    given = share._asdict()
     folds = {
         stream_id: TaskFold(task_id, stream_id)
-        for stream_id, task_id in plain_rows(connection, there)
+        for stream_id, task_id in plain_rows(connection, _THERE, given)
     }
-    told = (
-        sa.select(
-            *(events.c.stream_id, events.c.version, events.c.type),
-            *(events.c.schema_version, events.c.data),
-            as_stored(events.c.recorded_at),
-        )
-        .where(_within(events.c.stream_id, share))
-        .order_by(events.c.stream_id, events.c.version)
-    )
-    with closing(plain_rows(connection, told)) as rows:
+    with closing(plain_rows(connection, _TOLD, given)) as rows:
         _fold_in(folds, rows)
     return folds
 

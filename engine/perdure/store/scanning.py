@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -47,11 +47,14 @@ def as_stored(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
 
 
 def page_of(
-    connection: Connection, statement: sa.Select[*tuple[Any, ...]]
+    connection: Connection,
+    statement: sa.Select[*tuple[Any, ...]],
+    parameters: Mapping[str, object] | None = None,
 ) -> list[tuple[Any, ...]]:
     """Return all rows of a query, as `leniently` reads them."""
     return leniently(
-        connection, lambda: list(chain.from_iterable(plain_pages(connection, statement)))
+        connection,
+        lambda: list(chain.from_iterable(plain_pages(connection, statement, parameters))),
     )
 
 
