@@ -321,7 +321,7 @@ class TestTime:
     async def test_cancelling_closes_the_connection(
         self, messages_server: MessagesServer, silence: Mapping[str, Any]
     ) -> None:
-        """Whatever it waits for, the server sees it go soon."""
+        """Whatever it waits for, the server sees it go at once."""
         took: list[float] = []
         async with an_adapter(messages_server) as adapter:
             for _ in range(3):  # a busy machine may be late once
@@ -334,7 +334,7 @@ class TestTime:
                 assert all(isinstance(one, asyncio.CancelledError) for one in ended)
                 await asyncio.to_thread(messages_server.wait_until_idle, 2)
                 took.append(time.monotonic() - began)
-        assert min(took) < 2
+        assert min(took) < 0.25
         assert messages_server.dropped == 15
 
     async def test_connections_are_used_again(self, messages_server: MessagesServer) -> None:

@@ -30,13 +30,10 @@ MOST_BYTES_AS_JSON: Final = 4_000_000
 MOST_FORMS: Final = 100
 
 
-Parameters = Mapping[str, object]
-
-
 def plain_rows(
     connection: Connection,
     statement: sa.Select[*tuple[Any, ...]],
-    parameters: Parameters | None = None,
+    parameters: Mapping[str, object] | None = None,
 ) -> Generator[tuple[Any, ...], None, None]:
     """Yield the rows of a query as plain tuples."""
     for rows in plain_pages(connection, statement, parameters):
@@ -46,7 +43,7 @@ def plain_rows(
 def plain_pages(
     connection: Connection,
     statement: sa.Select[*tuple[Any, ...]],
-    parameters: Parameters | None = None,
+    parameters: Mapping[str, object] | None = None,
     size: int = 5000,
 ) -> Iterator[Sequence[tuple[Any, ...]]]:
     """Yield the rows of a query as plain tuples, ``size`` of them at a time."""
