@@ -1,4 +1,4 @@
-"""A server that streams as fast as it can: two protocols, on one event loop, in its own process.
+"""A server that streams as fast as it can: three protocols, on one event loop, in its own process.
 
     python -m benchmarks.chat_server DELTAS PAUSE
 
@@ -72,6 +72,25 @@ def messages_body(deltas: int) -> list[bytes]:
     return [b"event: %s\n%s" % (event["type"].encode(), _event(event)) for event in events]
 
 
+def interaction_body(deltas: int) -> list[bytes]:
+    """Return the events of an interaction of Gemini's."""
+    known = {"id": "int_1", "object": "interaction", "model": "bench"}
+    usage = {"total_input_tokens": 7, "total_output_tokens": deltas, "total_tokens": deltas + 7}
+    begun, ended = {**known, "status": "in_progress"}, {**known, "status": "completed"}
+    delta = {"event_type": "step.delta", "index": 0, "delta": {"type": "text", "text": WORD}}
+    events: list[dict[str, Any]] = [
+        {"event_type": "interaction.created", "interaction": begun},
+        {"event_type": "step.start", "index": 0, "step": {"type": "model_output"}},
+        *[delta] * deltas,
+        {"event_type": "step.stop", "index": 0},
+        {"event_type": "interaction.completed", "interaction": {**ended, "usage": usage}},
+    ]
+    return [
+        b"event: %s\n%s" % (event["event_type"].encode(), _event({**event, "event_id": f"e{n}"}))
+        for n, event in enumerate(events)
+    ]
+
+
 def _event(data: dict[str, Any]) -> bytes:
     return b"data: %s\n\n" % json.dumps(data).encode()
 
@@ -85,6 +104,7 @@ async def _serve(deltas: int, pause: float) -> None:
     for path, events, begin in (
         (b"chat/completions", chat_body(deltas), 1),
         (b"messages", messages_body(deltas), 3),
+        (b"interactions", interaction_body(deltas), 3),
     ):
         bodies[path] = (_chunked(events[:begin]), _chunked(events[begin:]) + b"0\r\n\r\n")
 
@@ -95,9 +115,8 @@ async def _serve(deltas: int, pause: float) -> None:
                 fields = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
                 length = {name.lower(): value for name, value in fields.items()}[b"content-length"]
                 await reader.readexactly(int(length))
-                first, rest = bodies[
-                    b"messages" if b"/messages" in head.split(b"\r\n")[0] else b"chat/completions"
-                ]
+                path = head.split(b" ", 2)[1].partition(b"?")[0]
+                first, rest = next(bodies[end] for end in bodies if path.endswith(end))
                 writer.write(_HEAD + first)
                 if pause:
                     await asyncio.sleep(pause)

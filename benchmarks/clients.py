@@ -1,10 +1,11 @@
-"""The two SDKs, bare and through the engine, against `benchmarks.chat_server`."""
+"""The three SDKs, bare and through the engine, against `benchmarks.chat_server`."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from perdure.adapter import Adapter
 
@@ -22,12 +23,14 @@ class Client(NamedTuple):
         platform: Of the adapter that uses it.
         bare: Makes, from the server's address, the client and how to ask it and close it.
         adapter: Makes the adapter from the server's address.
+        deltas: How many an answer has: fewer where the bare SDK takes long for each.
     """
 
     name: str
     platform: str
     bare: Callable[[str], tuple[Ask, Callable[[], Awaitable[None]]]]
     adapter: Callable[[str], Adapter]
+    deltas: int = 200
 
 
 def _openai(address: str) -> tuple[Ask, Callable[[], Awaitable[None]]]:
@@ -80,12 +83,49 @@ def _claude(address: str) -> Adapter:
     return ClaudeAdapter(base_url=address, api_key="none", default_model="bench")
 
 
+def _google(address: str) -> tuple[Ask, Callable[[], Awaitable[None]]]:
+    from google import genai
+    from google.genai import types
+
+    once = types.HttpRetryOptions(attempts=1)
+    options = types.HttpOptions(base_url=address, retry_options=once)
+    client = genai.Client(vertexai=False, api_key="none", http_options=options)
+
+    async def ask(on_text: Callable[[str], None]) -> None:
+        interactions = cast("Any", client.aio.interactions)
+        stream = await interactions.create(
+            model="bench",
+            input="Question",
+            stream=True,
+            store=False,
+            automatic_continuation=False,
+        )
+        async for event in stream:
+            if event.event_type == "step.delta" and event.delta.type == "text":
+                on_text(event.delta.text)
+
+    return ask, client.aio.aclose
+
+
+def _gemini(address: str) -> Adapter:
+    from perdure_adapters.gemini import GeminiAdapter
+
+    return GeminiAdapter(base_url=address, api_key="none", default_model="bench", background=False)
+
+
 CLIENTS: Final = (
     Client("openai", "compatible", _openai, _compatible),
     Client("anthropic", "claude", _anthropic, _claude),
+    Client("google.genai", "gemini", _google, _gemini, deltas=50),
 )
 
 
 def usable() -> list[Client]:
     """Return the SDKs that are installed."""
-    return [client for client in CLIENTS if find_spec(client.name) is not None]
+    return [client for client in CLIENTS if _is_installed(client.name)]
+
+
+def _is_installed(name: str) -> bool:
+    with contextlib.suppress(ModuleNotFoundError):  # what it is in isn't there, either
+        return find_spec(name) is not None
+    return False

@@ -1,4 +1,4 @@
-"""What both of Gemini's APIs have in common: files, options, reading with suspicion. All pure."""
+"""What requests to both of Gemini's APIs have in common: turns, files, options. All pure."""
 
 from __future__ import annotations
 
@@ -8,21 +8,9 @@ from typing import Any, Final, cast
 
 from perdure.adapter import Call, LoadedFile
 from perdure.errors import InvalidRequest
-from perdure.text import check_json
 from perdure_adapters._prompt import file_kind, file_text, follow_up, opening
 
-__all__ = [
-    "Turn",
-    "checked_options",
-    "conversation",
-    "count",
-    "items",
-    "merged",
-    "part_of",
-    "raw_usage",
-    "text_of",
-    "word_of",
-]
+__all__ = ["Turn", "checked_options", "conversation", "merged"]
 
 # A request with its files in it may have 20 MB; base64 makes four bytes of three.
 MAX_REQUEST: Final = 20_000_000
@@ -112,52 +100,3 @@ def merged(body: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any
         else:
             result[name] = value
     return result
-
-
-def part_of(holder: object, name: str) -> object:
-    """Return what an object or a mapping holds by that name, or None.
-
-    What the SDK doesn't know it hands on as it came, in an object's `raw`.
-    """
-    if getattr(holder, "is_unknown", False) is True:
-        holder = getattr(holder, "raw", None)
-    if isinstance(holder, Mapping):
-        return cast("Mapping[str, object]", holder).get(name)
-    return cast("object", getattr(holder, name, None))
-
-
-def items(holder: object, name: str) -> list[object]:
-    """Return a list by its name, empty where there is none."""
-    value = part_of(holder, name)
-    return cast("list[object]", value) if isinstance(value, list) else []
-
-
-def text_of(holder: object, name: str) -> str:
-    """Return a text by its name, empty where there is none."""
-    value = part_of(holder, name)
-    return value if isinstance(value, str) else ""
-
-
-def word_of(holder: object, name: str) -> str:
-    """Return a word of a vocabulary by its name: some of the SDK's are enums."""
-    value = part_of(holder, name)
-    value = getattr(value, "value", value)
-    return value if isinstance(value, str) else ""
-
-
-def count(holder: object, name: str) -> int | None:
-    """Return a count of tokens by its name; None where it is none."""
-    value = part_of(holder, name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def raw_usage(usage: object) -> dict[str, Any] | None:
-    """Return what the platform said of its usage, in its own words."""
-    dump = getattr(usage, "model_dump", None)
-    try:
-        found: object = usage if dump is None else dump(mode="json", exclude_none=True)
-        if not isinstance(found, Mapping):
-            return None
-        return cast("dict[str, Any]", check_json(dict(cast("Mapping[str, Any]", found))))
-    except (ValueError, TypeError):  # what no database takes: the counts are what matters
-        return None

@@ -22,17 +22,8 @@ from perdure.errors import (
 )
 from perdure.events import Accepted, Chunk, Completed, Event, UsageReported
 from perdure.task import Usage
-from perdure_adapters._gemini_call import (
-    Turn,
-    checked_options,
-    conversation,
-    count,
-    items,
-    part_of,
-    raw_usage,
-    text_of,
-    word_of,
-)
+from perdure_adapters._gemini_call import Turn, checked_options, conversation
+from perdure_adapters._reading import count_in, list_in, raw_form, text_in, value_in
 from perdure_adapters._tools import ToolCallText
 
 __all__ = [
@@ -164,19 +155,19 @@ def generate_options(call: Call) -> dict[str, Any]:
 
 def generate_usage(usage: object) -> Usage:
     """Return the tokens of an answer: input with what tools used, output with thoughts."""
-    known_input = count(usage, "prompt_token_count")
-    output = count(usage, "candidates_token_count")
-    thoughts = count(usage, "thoughts_token_count")
+    known_input = count_in(usage, "prompt_token_count")
+    output = count_in(usage, "candidates_token_count")
+    thoughts = count_in(usage, "thoughts_token_count")
     if known_input is not None:
-        known_input += count(usage, "tool_use_prompt_token_count") or 0
+        known_input += count_in(usage, "tool_use_prompt_token_count") or 0
     if output is not None or thoughts is not None:
         output = (output or 0) + (thoughts or 0)
     return Usage(
         input_tokens=known_input,
         output_tokens=output,
-        cache_read_tokens=count(usage, "cached_content_token_count"),
+        cache_read_tokens=count_in(usage, "cached_content_token_count"),
         reasoning_tokens=thoughts,
-        raw=raw_usage(usage),
+        raw=raw_form(usage),
     )
 
 
@@ -203,18 +194,18 @@ class GenerateReader:
         if not self._accepted:
             self._accepted = True
             yield Accepted(
-                response_id=text_of(chunk, "response_id") or None,
-                model=text_of(chunk, "model_version") or None,
+                response_id=text_in(chunk, "response_id") or None,
+                model=text_in(chunk, "model_version") or None,
             )
-        feedback = part_of(chunk, "prompt_feedback")
-        self._blocked = word_of(feedback, "block_reason") or self._blocked
+        feedback = value_in(chunk, "prompt_feedback")
+        self._blocked = _word(feedback, "block_reason") or self._blocked
         candidate = _first_candidate(chunk)
         if candidate is not None:
-            for part in items(part_of(candidate, "content"), "parts"):
+            for part in list_in(value_in(candidate, "content"), "parts"):
                 yield from self._part(part)
-            self._finish_reason = word_of(candidate, "finish_reason") or self._finish_reason
-            self._finish_message = text_of(candidate, "finish_message") or self._finish_message
-        usage = part_of(chunk, "usage_metadata")
+            self._finish_reason = _word(candidate, "finish_reason") or self._finish_reason
+            self._finish_message = text_in(candidate, "finish_message") or self._finish_message
+        usage = value_in(chunk, "usage_metadata")
         if usage is not None:
             yield from self._used(generate_usage(usage))
 
@@ -243,20 +234,20 @@ class GenerateReader:
         yield Completed(finish_reason=normal, platform_finish_reason=reason, usage=self._usage)
 
     def _part(self, part: object) -> Iterator[Event]:
-        text = text_of(part, "text")
-        if text and part_of(part, "thought") is True:
+        text = text_in(part, "text")
+        if text and value_in(part, "thought") is True:
             yield Chunk(text=text, kind="reasoning")
         elif text:
             self._characters += len(text)
             yield Chunk(text=text)
-        call = part_of(part, "function_call")
+        call = value_in(part, "function_call")
         if call is not None:
             yield Chunk(text=self._call(call), kind="tool_call")
 
     def _call(self, call: object) -> str:
         self._called = True
-        arguments: object = part_of(call, "args")
-        text = self._tools.begin(text_of(call, "id"), text_of(call, "name"))
+        arguments: object = value_in(call, "args")
+        text = self._tools.begin(text_in(call, "id"), text_in(call, "name"))
         text += self._tools.arguments(json.dumps(arguments or {}, ensure_ascii=False, default=str))
         return text + self._tools.close()
 
@@ -276,7 +267,14 @@ def _suspected(reason: str) -> str | type[PlatformError]:
 
 
 def _first_candidate(chunk: object) -> object | None:
-    for candidate in items(chunk, "candidates"):
-        if part_of(candidate, "index") in (0, None):
+    for candidate in list_in(chunk, "candidates"):
+        if value_in(candidate, "index") in (0, None):
             return candidate
     return None
+
+
+def _word(holder: object, name: str) -> str:
+    """Return a word of a vocabulary; empty where it is none. The SDK makes enums of most."""
+    value = value_in(holder, name)
+    value = getattr(value, "value", value)
+    return value if isinstance(value, str) else ""

@@ -1,7 +1,7 @@
 """Gemini's Interactions: a call into a request, a stream of events into ours. All pure.
 
-The reader takes whatever object may be in the stream, by name and with suspicion, and knows neither
-the SDK nor the wire.
+The reader takes events as the JSON they came as, by name and with suspicion, and knows neither the
+SDK nor the wire.
 
 A cursor is the id of the platform's last event, and after it what whoever picks the stream up there
 has to know of what came before: `<event id> called` where functions were called, `<event id> <step>
@@ -21,19 +21,9 @@ from perdure.errors import InvalidRequest, PlatformError, StreamTruncated
 from perdure.events import Accepted, Chunk, ChunkKind, Completed, Event, UsageReported
 from perdure.task import Usage
 from perdure_adapters._gemini import fault_error
-from perdure_adapters._gemini_call import (
-    Turn,
-    checked_options,
-    conversation,
-    count,
-    items,
-    merged,
-    part_of,
-    raw_usage,
-    text_of,
-    word_of,
-)
+from perdure_adapters._gemini_call import Turn, checked_options, conversation, merged
 from perdure_adapters._prompt import file_kind
+from perdure_adapters._reading import count_in, list_in, raw_form, text_in, value_in
 from perdure_adapters._tools import ToolCallText
 
 __all__ = ["InteractionReader", "cursor_event", "interaction_body", "interaction_usage"]
@@ -118,11 +108,11 @@ def _file_content(file: LoadedFile) -> dict[str, Any]:
 
 def interaction_usage(usage: object) -> Usage:
     """Return the tokens of an interaction: input with what tools used, output with thoughts."""
-    known_input = count(usage, "total_input_tokens")
-    tool_use = count(usage, "total_tool_use_tokens") or 0
-    output = count(usage, "total_output_tokens")
-    thoughts = count(usage, "total_thought_tokens")
-    total = count(usage, "total_tokens")
+    known_input = count_in(usage, "total_input_tokens")
+    tool_use = count_in(usage, "total_tool_use_tokens") or 0
+    output = count_in(usage, "total_output_tokens")
+    thoughts = count_in(usage, "total_thought_tokens")
+    total = count_in(usage, "total_tokens")
     with_thoughts = output
     if output is not None and thoughts:
         parts = (known_input or 0) + tool_use + output
@@ -131,9 +121,9 @@ def interaction_usage(usage: object) -> Usage:
     return Usage(
         input_tokens=None if known_input is None else known_input + tool_use,
         output_tokens=with_thoughts,
-        cache_read_tokens=count(usage, "total_cached_tokens"),
+        cache_read_tokens=count_in(usage, "total_cached_tokens"),
         reasoning_tokens=thoughts,
-        raw=raw_usage(usage),
+        raw=raw_form(usage),
     )
 
 
@@ -230,14 +220,13 @@ class InteractionReader:
         Raises:
             PlatformError: It is an error, or contradicts what came before.
         """
-        kind = word_of(event, "event_type")
-        fault = part_of(event, "error")
-        if not kind or (kind == "error" and fault is None):
-            # The SDK hands on what it can't read, some of it as an error: its content is missing.
+        kind = text_in(event, "event_type")
+        if not kind or kind == "error":  # a gateway's errors have no kind
+            fault = _fault(event)
+            if fault is not None:
+                raise self._error(fault)
             raise StreamTruncated(f"{self._where} sent something unreadable into the stream")
-        event_id = text_of(event, "event_id")
-        if kind == "error":
-            raise self._error(fault)
+        event_id = text_in(event, "event_id")
         if event_id and event_id == self._after:  # what was read last: all before it was read, too
             self._after = self._held = None
             return
@@ -252,14 +241,14 @@ class InteractionReader:
             yield from self._said(one)
 
     def _said(self, event: object) -> Iterator[Event]:
-        event_id = text_of(event, "event_id")
+        event_id = text_in(event, "event_id")
         if event_id and " " not in event_id:
             self._event_id = event_id
-        match word_of(event, "event_type"):
+        match text_in(event, "event_type"):
             case "interaction.created":
-                yield from self._created(part_of(event, "interaction"))
+                yield from self._created(value_in(event, "interaction"))
             case "interaction.status_update":
-                self._status = word_of(event, "status") or self._status
+                self._status = text_in(event, "status") or self._status
                 yield from self._used(event)
             case "step.start":
                 yield from self._start(event)
@@ -269,7 +258,7 @@ class InteractionReader:
                 yield from self._stop(event)
                 yield from self._used(event)
             case "interaction.completed":
-                self._completed(part_of(event, "interaction"))
+                self._completed(value_in(event, "interaction"))
             case _:  # what a newer API may add
                 pass
 
@@ -300,14 +289,14 @@ class InteractionReader:
     # -- the interaction -------------------------------------------------------------------------
 
     def _created(self, interaction: object) -> Iterator[Event]:
-        self.response_id = text_of(interaction, "id") or self.response_id
-        self._status = word_of(interaction, "status") or self._status
+        self.response_id = text_in(interaction, "id") or self.response_id
+        self._status = text_in(interaction, "status") or self._status
         if self._picked_up:  # it is in the log
             return
         alive = self._background and self.response_id is not None
         yield Accepted(
             response_id=self.response_id,
-            model=text_of(interaction, "model") or None,
+            model=text_in(interaction, "model") or None,
             reattachable=alive,
             cursor=self._cursor() if alive else None,
             note=self._note,
@@ -315,15 +304,15 @@ class InteractionReader:
 
     def _completed(self, interaction: object) -> None:
         self._ended = True
-        self._status = word_of(interaction, "status") or self._status
-        usage = part_of(interaction, "usage")
+        self._status = text_in(interaction, "status") or self._status
+        usage = value_in(interaction, "usage")
         if usage is not None:
             self._usage = interaction_usage(usage)
-        for step in items(interaction, "steps"):
+        for step in list_in(interaction, "steps"):
             self._note_problem(step)
 
     def _used(self, event: object) -> Iterator[Event]:
-        usage = part_of(event, "usage")
+        usage = value_in(event, "usage")
         if usage is None:
             return
         found = interaction_usage(usage)
@@ -332,13 +321,12 @@ class InteractionReader:
             self._usage = found
             yield UsageReported(usage=found)
 
-    def _error(self, fault: object) -> PlatformError:
+    def _error(self, fault: Mapping[str, Any]) -> PlatformError:
         self.reported = True
-        found = _fault(fault)
-        message = found.get("message") or found.get("code") or "an error without a message"
+        message = fault.get("message") or fault.get("code") or "an error without a message"
         return fault_error(
             f"{self._where} reported: {message}",
-            found,
+            fault,
             secrets=self._secrets,
             response_over=not self._background,
         )
@@ -359,38 +347,36 @@ class InteractionReader:
         )
 
     def _note_problem(self, step: object) -> None:
-        found = _fault(part_of(step, "error"))
-        if found:
-            self._problem = found
+        self._problem = _fault(step) or self._problem
 
     # -- its steps -------------------------------------------------------------------------------
 
     def _start(self, event: object) -> Iterator[Event]:
-        step = part_of(event, "step")
-        match word_of(step, "type"):
+        step = value_in(event, "step")
+        match text_in(step, "type"):
             case "function_call":
                 yield from self._begin_call(_index(event), step)
             case "model_output":
                 self._note_problem(step)
-                yield from self._texts(items(step, "content"), "text")
+                yield from self._texts(list_in(step, "content"), "text")
             case "thought":
-                yield from self._texts(items(step, "summary"), "reasoning")
+                yield from self._texts(list_in(step, "summary"), "reasoning")
             case _:
                 pass
 
     def _texts(self, contents: list[object], kind: ChunkKind) -> Iterator[Event]:
         for content in contents:
-            if not isinstance(part_of(content, "text"), str | None):
+            if not isinstance(value_in(content, "text"), str | None):
                 raise StreamTruncated(f"{self._where} sent a text that is none")
-        text = "".join(text_of(content, "text") for content in contents)
+        text = "".join(text_in(content, "text") for content in contents)
         if text and self._whole_call is not None:  # the cursor goes past it: it is written before
             yield self._chunk(self._close_call(), "tool_call")
         if text:
             yield self._chunk(text, kind)
 
     def _begin_call(self, index: int, step: object) -> Iterator[Event]:
-        id_, name = text_of(step, "id"), text_of(step, "name")
-        arguments = part_of(step, "arguments")
+        id_, name = text_in(step, "id"), text_in(step, "name")
+        arguments = value_in(step, "arguments")
         before = self._close_call()
         self._step, self._begun, self._called = index, False, True
         if arguments:
@@ -402,14 +388,14 @@ class InteractionReader:
             yield self._chunk(before, "tool_call")
 
     def _delta(self, event: object) -> Iterator[Event]:
-        delta = part_of(event, "delta")
-        match word_of(delta, "type"):
+        delta = value_in(event, "delta")
+        match text_in(delta, "type"):
             case "text":
                 yield from self._texts([delta], "text")
             case "thought_summary":
-                yield from self._texts([part_of(delta, "content")], "reasoning")
+                yield from self._texts([value_in(delta, "content")], "reasoning")
             case "arguments_delta":
-                yield from self._arguments(_index(event), text_of(delta, "arguments"))
+                yield from self._arguments(_index(event), text_in(delta, "arguments"))
             case _:
                 pass
 
@@ -457,14 +443,13 @@ class InteractionReader:
 
 
 def _index(event: object) -> int:
-    value = part_of(event, "index")
+    value = value_in(event, "index")
     return value if isinstance(value, int) and value >= 0 else 0
 
 
-def _fault(fault: object) -> dict[str, Any]:
-    """Return an error object of the stream as a mapping; empty where there is none."""
-    if isinstance(fault, Mapping):
-        return dict(cast("Mapping[str, Any]", fault))
-    names = ("code", "message", "details", "status")
-    found = {name: part_of(fault, name) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+def _fault(holder: object) -> dict[str, Any] | None:
+    """Return the error that an event or a step tells of; None where it tells of none."""
+    fault = value_in(holder, "error")
+    if isinstance(fault, str):
+        return {"message": fault}
+    return cast("dict[str, Any]", fault) if isinstance(fault, dict) else None

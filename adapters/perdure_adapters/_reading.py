@@ -57,13 +57,12 @@ def count_in(holder: object, name: str) -> int | None:
 
 def raw_form(usage: object) -> dict[str, Any] | None:
     """Return the tokens in the server's own words; None where they can't be stored."""
-    plain: object = usage
-    if not isinstance(usage, dict):
-        dump = getattr(usage, "model_dump", None)
-        if dump is None:
-            return None
-        plain = dump(exclude_unset=True, warnings=False)
+    plain, dump = usage, getattr(usage, "model_dump", None)
     try:
-        return cast("dict[str, Any]", check_json(plain))
+        if dump is not None:
+            plain = dump(mode="json", exclude_unset=True, warnings=False)
+        if not isinstance(plain, dict):
+            return None
+        return cast("dict[str, Any]", check_json(cast("object", plain)))
     except ValueError:  # a number no database takes: the counts are what matters
         return None

@@ -21,6 +21,7 @@ from perdure_adapters._endpoint import LAST_WORDS
 from perdure_adapters._gemini import (
     GeminiClient,
     GeminiEndpoint,
+    event_stream,
     reading_errors,
     sdk_errors,
     typed_gemini_error,
@@ -210,15 +211,15 @@ class GeminiAdapter(AsyncBasePlatformAdapter):
         # In the background the platform goes on by itself where one request's limit is reached,
         # and the SDK takes no word about it.
         how = {"background": True} if background else {"automatic_continuation": False}
-        interactions = cast("Any", client.sdk.aio.interactions)
         try:
-            stream = await interactions.create(
+            answer = await _raw(client).create(
                 model=model,
                 stream=True,
                 store=background,
                 extra_body=body,  # as it is: the SDK's own types would refuse what is newer
                 **how,
             )
+            stream = await event_stream(answer)
         except sdk_errors() as error:
             raise typed_gemini_error(error, self._endpoint) from error
         except (ValueError, TypeError) as error:
@@ -243,10 +244,10 @@ class GeminiAdapter(AsyncBasePlatformAdapter):
             raise StreamTruncated("there is no interaction to pick up", response_over=True)
         await load_sdk("google.genai", extra="gemini")
         client = self._clients.get()
-        interactions = cast("Any", client.sdk.aio.interactions)
         after = cursor_event(cursor)
         try:
-            stream = await interactions.get(response_id, stream=True, last_event_id=after)
+            answer = await _raw(client).get(response_id, stream=True, last_event_id=after)
+            stream = await event_stream(answer)
         except reading_errors() as error:
             raise self._lost(response_id, typed_gemini_error(error, self._endpoint)) from error
         reader = InteractionReader(
@@ -338,6 +339,10 @@ class GeminiAdapter(AsyncBasePlatformAdapter):
             if reader.ended:
                 return _END
             raise
+
+
+def _raw(client: GeminiClient) -> Any:  # noqa: ANN401 - the SDK's types don't agree among themselves
+    return client.sdk.aio.interactions.with_raw_response
 
 
 def _config(config: dict[str, Any], options: dict[str, Any]) -> GenerateContentConfig:

@@ -7,6 +7,7 @@ takes its text from `stream_result`; the rival consumes the same streams with th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,11 +26,12 @@ STREAMS: Final = 200
 def measure(session: Session) -> Sequence[Row]:
     """Measure deltas a second."""
     streams = session.size(STREAMS, 5)
-    deltas = session.size(200, 10)
-    with session.child("chat_server", deltas, 0) as server:
-        address = f"http://127.0.0.1:{server.hear()['port']}"
-        subjects: dict[str, Callable[[], float]] = {}
+    subjects: dict[str, Callable[[], float]] = {}
+    with contextlib.ExitStack() as servers:
         for client in usable():
+            deltas = session.size(client.deltas, 10)
+            server = servers.enter_context(session.child("chat_server", deltas, 0))
+            address = f"http://127.0.0.1:{server.hear()['port']}"
             arguments = (session, client, address, streams, deltas)
             subjects[f"perdure over {client.name}"] = partial(_run, _ours, *arguments)
             subjects[f"bare {client.name}"] = partial(_run, _bare, *arguments)

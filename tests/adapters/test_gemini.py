@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 import time
@@ -71,6 +72,20 @@ class TestStreaming:
         assert lines_of(text_of(seen, "tool_call")) == CALLED
         assert text_of(seen) == TEXT
         assert end_of(seen).finish_reason == "tool_calls"
+
+    async def test_no_model_is_made_of_an_event(
+        self, gemini_server: GeminiServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not of those of a stream that is picked up, either: it takes longer than all the rest."""
+        made: list[object] = []
+        unmarshal = "google.genai._gaos.interactions.unmarshal_json_response"
+        importlib.import_module("google.genai._gaos.interactions")
+        monkeypatch.setattr(unmarshal, lambda *args, **_: made.append(args))
+        seen = await run(gemini_server, a_call())
+        cursor = next(e.cursor for e in seen if isinstance(e, Chunk))
+        resume = Resume(mode="reattach", response_id="int_1", cursor=cursor)
+        assert text_of(await run(gemini_server, a_call(resume))) == TEXT
+        assert not made
 
     async def test_arguments_come_as_deltas(self, gemini_server: GeminiServer) -> None:
         """A call's pieces aren't kept back until it is whole."""
@@ -187,6 +202,14 @@ class TestUsage:
         counts = [e.usage.output_tokens or 0 for e in seen if isinstance(e, UsageReported)]
         assert len(counts) > 1
         assert counts == sorted(counts)
+
+    async def test_counts_of_other_forms(self, gemini_server: GeminiServer) -> None:
+        """Large numbers travel as texts in Google's JSON; the raw form stays what was sent."""
+        raw = [json.loads(event) for event in interaction_events(Scenario())]
+        sent = {"total_input_tokens": "7", "total_output_tokens": 12.0, "total_tokens": None}
+        raw[-1]["interaction"]["usage"] = sent
+        usage = end_of(await run(gemini_server, a_call(raw=raw))).usage
+        assert usage == Usage(input_tokens=7, output_tokens=12, raw=sent)
 
     @pytest.mark.parametrize("way", WAYS)
     async def test_none_is_unknown(self, gemini_server: GeminiServer, way: str) -> None:
@@ -319,6 +342,30 @@ class TestErrorEvents:
         error = {"event_type": "error", "error": {"code": code, "message": f"{KEY} broke"}}
         call = a_call(error_after=after, error=error)
         assert type(await failure(gemini_server, call, way)) is kind
+
+    @pytest.mark.parametrize("way", INTERACTIONS)
+    @pytest.mark.parametrize(
+        ("event", "kind", "message"),
+        [
+            ({"error": {"code": 8, "status": "UNAVAILABLE", "message": "m"}}, Overloaded, "m"),
+            ({"error": {"code": "safety", "message": "m"}}, ContentRefused, "m"),
+            ({"event_type": "error", "error": "mere words"}, Overloaded, "mere words"),
+            ({"event_type": "error", "error": {}}, Overloaded, "without a message"),
+            ({"event_type": "error", "error": [1]}, StreamTruncated, "unreadable"),
+            ({"event_type": "error"}, StreamTruncated, "unreadable"),
+            ({"event_type": 5, "delta": {}}, StreamTruncated, "unreadable"),
+            ([1], StreamTruncated, "unreadable"),
+            ("no JSON", StreamTruncated, "unreadable"),
+        ],
+    )
+    async def test_errors_of_other_forms(
+        self, gemini_server: GeminiServer, way: str, event: object, kind: type, message: str
+    ) -> None:
+        """A gateway leaves out what kind of event it is; what says nothing at all is no answer."""
+        events: list[object] = list(interaction_events(Scenario()))
+        error = await failure(gemini_server, a_call(raw=[*events[:4], event, *events[4:]]), way)
+        assert type(error) is kind
+        assert message in error.message
 
     @pytest.mark.parametrize("over", [False, True])
     async def test_whether_the_interaction_is_over(
