@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
@@ -10,12 +11,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from programs import Program, query, until, write_rows
+
+from perdure import Engine
+from perdure.events import Completed
 
 STALLED: dict[str, Any] = {"stall_after": 5}
 SLOW: dict[str, Any] = {"words": 40, "delay": 0.1}
@@ -192,9 +196,9 @@ def test_a_worker_runs_what_others_submit(tmp_path: Path, database: Path) -> Non
         until(lambda: statuses(database) == {"completed": 1, "running": 1}, "the first task")
         until(writing(database, 2), "the second task's beginning")
         with Program("cancel", out.strip(), database=database) as program:
-            code, said, _ = program.ended()
-        assert (code, said) == (0, out)
-        until(lambda: statuses(database) == {"completed": 1, "cancelled": 1}, "the cancellation")
+            code, said, err = program.ended()
+        assert (code, said, err) == (0, out, "1 task cancelled.\n")
+        assert statuses(database) == {"completed": 1, "cancelled": 1}  # it waits for that
         worker.send(signal.SIGTERM)
         assert worker.ended()[0] == 0
 
@@ -228,6 +232,49 @@ def test_cancel_ends_what_a_dead_worker_had(tmp_path: Path, database: Path) -> N
     with Program("cancel", "--batch", "rows", database=database) as program:
         assert program.ended()[0] == 0
     assert statuses(database) == {"cancelled": 2}
+
+
+@pytest.mark.parametrize("how", [(), ("--json", "--batch", "rows")])
+def test_cancel_says_what_came_of_it(tmp_path: Path, database: Path, how: tuple[str, ...]) -> None:
+    """What was complete by then is not called cancelled, nor what a worker has yet to stop."""
+    file = batch(tmp_path, 2, STALLED)
+    with run(file, database) as worker:
+        until(writing(database, 2), "two tasks that write")
+        worker.send(signal.SIGSTOP)
+        complete, stuck = (row[0] for row in query(database, "SELECT task_id FROM tasks"))
+        chosen = how if "--batch" in how else (*how, complete, stuck)
+        code, out, err = asyncio.run(_cancelled_too_late(database, chosen, complete))
+        worker.send(signal.SIGCONT)
+        until(lambda: statuses(database) == {"completed": 1, "cancelled": 1}, "the other's end")
+        worker.ended()
+    assert code == 0
+    assert err.endswith("0 tasks cancelled, 1 completed before, 1 asked to stop.\n")
+    told = [json.loads(line) for line in out.splitlines()]
+    assert told == (
+        [
+            {"task_id": complete, "cancelled": False, "status": "completed"},
+            {"task_id": stuck, "cancelled": False, "status": "running"},
+        ]
+        if "--json" in how
+        else []
+    )
+    assert (f"{complete} completed before it could be cancelled." in err) == (not how)
+    assert (f"{stuck} was asked to stop" in err) == (not how)
+
+
+async def _cancelled_too_late(
+    database: Path, chosen: Sequence[str], complete: str
+) -> tuple[int, str, str]:
+    """Cancel two tasks, and write what the worker of one would; returns as `Program.ended`."""
+    requests = "SELECT task_id FROM task_events WHERE type = 'cancel_requested'"
+    version = f"SELECT max(version) FROM task_events WHERE task_id = '{complete}'"
+    length = f"SELECT length(text) FROM task_output WHERE task_id = '{complete}'"
+    async with Engine.open(database, adapters=[]) as engine:
+        with Program("cancel", *chosen, database=database) as program:
+            until(lambda: len(query(database, requests)) == 2, "two requests")
+            end = Completed(output_length=query(database, length)[0][0])
+            await engine.log.append(complete, [end], query(database, version)[0][0])
+            return program.ended()
 
 
 def test_two_runs_of_one_batch_share_the_work(tmp_path: Path, database: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -25,6 +27,12 @@ __all__ = ["cancel", "retry"]
 # So many at a time are written in one transaction.
 _TOGETHER: Final = 500
 
+_GOING: Final = frozenset({Status.PENDING, Status.RUNNING})
+
+# Seconds that running tasks have to end in, and between two looks. Mostly it takes milliseconds.
+_PATIENCE: Final = 5.0
+_LOOK: Final = 0.05
+
 _IdsOrBatch = Annotated[
     list[str] | None,
     typer.Argument(metavar="[ID...]", help="Ids of tasks, or their beginnings or endings."),
@@ -41,28 +49,94 @@ async def cancel(
 ) -> int:
     """Cancel tasks, wherever they run; what they have produced is kept. Prints their ids.
 
-    A running task ends when its worker sees it, in a moment. Ended ones are left as they are.
+    A running task ends when its worker sees it, in a moment, unless its answer is complete by then;
+    this waits up to five seconds for that. Ended ones are left as they are.
     """
     import asyncio
 
     chosen = _choose(session, ids, batch, (Status.PENDING, Status.RUNNING))
-    cancelled = 0
-    async with session.engine() as engine:
-        for part in chosen:
-            written = await asyncio.gather(
-                *(engine.cancel_task(task_id, reason) for task_id in part)
-            )
-            for task_id, done in zip(part, written, strict=True):
-                cancelled += done
-                if session.json:
-                    show_json({"task_id": task_id, "cancelled": done})
-                elif done:
-                    show_line(task_id)
-                elif not batch:
-                    say(f"{task_id} had ended, or was being cancelled, already.")
-        await engine.recover_lost()
-    say(f"{things(cancelled, 'task')} cancelled.")
+    telling = _Telling(session, each=batch is None)
+    stopping: list[str] = []
+    with Reader.open(session.url) as reader:
+        async with session.engine() as engine:
+            for part in chosen:
+                written = await asyncio.gather(
+                    *(engine.cancel_task(task_id, reason) for task_id in part)
+                )
+                now = _statuses(reader, part)
+                for task_id, done in zip(part, written, strict=True):
+                    if done and now[task_id] in _GOING:
+                        stopping.append(task_id)
+                    else:
+                        telling.tell(task_id, now[task_id], asked=done)
+            await engine.recover_lost()
+            async for task_id, status in _stopped(reader, stopping):
+                telling.tell(task_id, status, asked=True)
+    telling.summarize()
     return ExitCode.OK
+
+
+class _Telling:
+    """Tells what became of tasks that were to be cancelled, and counts them."""
+
+    def __init__(self, session: Session, *, each: bool) -> None:
+        self._session = session
+        self._each = each
+        self._counts: Counter[str] = Counter()
+
+    def tell(self, task_id: str, status: str, *, asked: bool) -> None:
+        """Tell of one: ``asked`` is whether this command's wish is in the log."""
+        cancelled = asked and status == Status.CANCELLED
+        if asked:
+            self._counts[status] += 1
+        if self._session.json:
+            show_json({"task_id": task_id, "cancelled": cancelled, "status": status})
+        elif cancelled:
+            show_line(task_id)
+        elif not self._each:
+            return
+        elif not asked:
+            say(f"{task_id} had ended, or was being cancelled, already.")
+        elif status in _GOING:
+            say(f"{task_id} was asked to stop, and does as soon as its worker sees it.")
+        else:
+            say(f"{task_id} {status} before it could be cancelled.")
+
+    def summarize(self) -> None:
+        """Say how many there were of each kind."""
+        going = sum(self._counts.pop(status, 0) for status in _GOING)
+        parts = [f"{things(self._counts.pop(Status.CANCELLED, 0), 'task')} cancelled"]
+        parts += [f"{count:,} {status} before" for status, count in sorted(self._counts.items())]
+        if going:
+            parts.append(f"{going:,} asked to stop")
+        say(f"{', '.join(parts)}.")
+
+
+def _statuses(reader: Reader, task_ids: Sequence[str]) -> dict[str, str]:
+    places = ", ".join("?" * len(task_ids))
+    query = f"SELECT task_id, status FROM tasks WHERE task_id IN ({places})"
+    return {row["task_id"]: row["status"] for row in reader.rows(query, tuple(task_ids))}
+
+
+async def _stopped(reader: Reader, task_ids: Sequence[str]) -> AsyncIterator[tuple[str, str]]:
+    """Yield how tasks have ended, as they do; those that take too long as they are by then."""
+    import asyncio
+
+    latest = time.monotonic() + _PATIENCE
+    going = list(task_ids)
+    while going:
+        over = time.monotonic() >= latest
+        now: dict[str, str] = {}
+        for i in range(0, len(going), _TOGETHER):
+            now |= _statuses(reader, going[i : i + _TOGETHER])
+        going.clear()
+        for task_id, status in now.items():
+            if status in _GOING and not over:
+                going.append(task_id)
+            else:
+                yield task_id, status
+        if going:
+            await asyncio.sleep(_LOOK)
 
 
 async def retry(
