@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,8 @@ class Runs:
     def query(self, sql: str) -> list[tuple[object, ...]]:
         """Return what the database says; nothing while there is none."""
         try:
-            with sqlite3.connect(f"file:{self.database}?mode=ro", uri=True) as connection:
+            connection = sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)
+            with closing(connection):
                 return connection.execute(sql).fetchall()
         except sqlite3.OperationalError:
             return []

@@ -18,6 +18,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.pool import NullPool
 
 from perdure.errors import DatabaseIncompatible, DatabaseUnavailable, StoreError
 from perdure.store import schema
@@ -28,7 +29,7 @@ from store.backends import opened
 
 def revisions() -> list[str]:
     """Return all revisions, the oldest first."""
-    with sa.create_engine("sqlite://").connect() as connection:
+    with sa.create_engine("sqlite://", poolclass=NullPool).connect() as connection:
         scripts = ScriptDirectory.from_config(alembic_config(connection))
     return [script.revision for script in reversed(list(scripts.walk_revisions()))]
 
