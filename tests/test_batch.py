@@ -501,6 +501,34 @@ async def test_a_changed_row_is_reported_and_not_run(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("between", [0, 2500])
+async def test_a_bad_row_does_not_speak_for_others_of_its_id(engine: Engine, between: int) -> None:
+    """The good one runs, and is known the next time; each has its own problem or none."""
+    filler = [{"prompt": f"{n}"} for n in range(between)]
+    bad = {"id": "a", "prompt": "x", "timeout_seconds": -1}
+    good = {"id": "a", "prompt": "good"}
+    rows = [bad, *filler, good, {"id": "a", "prompt": "another"}, bad]
+    for new in (1 + between, 0):
+        counts, taken = await take(engine, rows)
+        assert (counts.new, counts.bad) == (new, 3)
+        first, last, another, again = (taken[n] for n in (0, -3, -2, -1))
+        # Where it stands by itself, the one that is in the batch by then counts.
+        assert first.problem is not None
+        assert ("timeout_seconds" in first.problem) == (bool(new) or not between)
+        assert last.key == "b:a"
+        assert "other content" in (another.problem or "")
+        assert again.problem is not None
+
+
+async def test_a_row_that_can_not_be_sent_is_named(engine: Engine, tmp_path: Path) -> None:
+    """Of two rows with one id the second one isn't blamed for the file of the first."""
+    bad = {"id": "a", "prompt": "x", "files": [str(tmp_path / "missing")]}
+    counts, taken = await take(engine, [bad, {"id": "a", "prompt": "good"}])
+    assert (counts.new, counts.bad) == (0, 2)
+    assert "missing" in (taken[0].problem or "")
+    assert "line 1 has the same id" in (taken[1].problem or "")
+
+
+@pytest.mark.parametrize("between", [0, 2500])
 async def test_identical_rows_run_once(engine: Engine, between: int) -> None:
     """Also where one group of rows ends between them; each gets the same result."""
     filling = [{"prompt": f"filling {n}"} for n in range(between)]

@@ -127,8 +127,14 @@ class GeminiEndpoint(Endpoint):
             # where it was: one for connecting and reading alike, which the server is told, too.
             request.extensions["timeout"] = timeout.as_dict()
 
+        async def read(response: httpx2.Response) -> None:
+            # The SDK asks for the text of what it hasn't read, and leaves the connection open
+            # where it is cancelled before it has.
+            if response.status_code != 200:
+                await response.aread()
+
         http = self.http_client(follow_redirects=False)  # the key has a header of its own
-        http.event_hooks = {"request": [limited], "response": []}
+        http.event_hooks = {"request": [limited], "response": [read]}
         options = types.HttpOptions(
             base_url=self.url,
             api_version=self.api_version,

@@ -347,7 +347,9 @@ class InteractionReader:
         )
 
     def _note_problem(self, step: object) -> None:
-        self._problem = _fault(step) or self._problem
+        fault = _fault(step) or {}
+        if any(fault.get(name) for name in ("code", "message", "details", "status")):
+            self._problem = fault
 
     # -- its steps -------------------------------------------------------------------------------
 
@@ -389,7 +391,10 @@ class InteractionReader:
 
     def _delta(self, event: object) -> Iterator[Event]:
         delta = value_in(event, "delta")
-        match text_in(delta, "type"):
+        kind = text_in(delta, "type")
+        if not kind and value_in(delta, "arguments") is not None:
+            kind = "arguments_delta"  # the SDK takes it for that, too
+        match kind:
             case "text":
                 yield from self._texts([delta], "text")
             case "thought_summary":
@@ -443,8 +448,7 @@ class InteractionReader:
 
 
 def _index(event: object) -> int:
-    value = value_in(event, "index")
-    return value if isinstance(value, int) and value >= 0 else 0
+    return count_in(event, "index") or 0
 
 
 def _fault(holder: object) -> dict[str, Any] | None:

@@ -11,6 +11,8 @@ __all__ = ["count_in", "list_in", "raw_form", "text_in", "value_in"]
 
 
 _NO_MODEL: Final = object()
+# No number of tokens; a sum of some of them still is one that can be stored.
+_MOST: Final = 1 << 60
 _DIGITS: Final = re.compile("[0-9]{1,18}")
 
 
@@ -52,7 +54,9 @@ def count_in(holder: object, name: str) -> int | None:
         value = int(value) if value.is_integer() else None
     elif isinstance(value, str):
         value = int(value) if _DIGITS.fullmatch(value) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if 0 <= value < _MOST else None
 
 
 def raw_form(usage: object) -> dict[str, Any] | None:

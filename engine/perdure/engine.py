@@ -95,6 +95,7 @@ class Engine:
         self._create = create
         self._default_platform = default_platform
         self._working: asyncio.Task[None] | None = None
+        self._entered = False
         self._closed = False
 
     @classmethod
@@ -149,9 +150,17 @@ class Engine:
         return engine
 
     async def __aenter__(self) -> Self:
-        """Create or migrate the database, start writing and running."""
+        """Create or migrate the database, start writing and running.
+
+        Raises:
+            PerdureError: It was entered before, and leaving it twice would close it too early.
+            StoreError: The database can't be used.
+        """
+        if self._entered:
+            raise PerdureError("an engine can be entered only once: open another one")
         await asyncio.to_thread(self.database.prepare, create=self._create)
         await self.log.open()
+        self._entered = True
         if self._run:
             self.start_running()
         return self

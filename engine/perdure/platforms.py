@@ -11,7 +11,13 @@ from typing import Any, Final, Self
 
 from perdure.adapter import Adapter
 from perdure.config import load_config
-from perdure.errors import InvalidConfig, NotConfigured, PlatformError, UnknownPlatform
+from perdure.errors import (
+    InvalidConfig,
+    NotConfigured,
+    PerdureError,
+    PlatformError,
+    UnknownPlatform,
+)
 
 __all__ = ["GROUP", "Platforms"]
 
@@ -91,6 +97,16 @@ class Platforms:
             adapter = _make(name, self._found[name], self._settings.get(name))
             self._made[name] = adapter
         return adapter
+
+    def problem(self, name: str) -> str | None:
+        """Return why a platform can't be used on this machine; None where it can."""
+        try:
+            check: Any = getattr(self.get(name), "check", None)  # others' adapters need have none
+            if check is not None:
+                check()
+        except PerdureError as error:
+            return str(error)
+        return None
 
     async def stop(self, name: str, response_id: str) -> None:
         """Stop a response that goes on at a platform without us, as well as that can be done."""

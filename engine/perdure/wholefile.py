@@ -16,6 +16,9 @@ __all__ = ["WholeFile"]
 
 # What is written holds people's prompts, as the database does.
 _OWNER_ONLY = 0o600
+# How a database of SQLite begins, and what the files beside it are called.
+_SQLITE = b"SQLite format 3\0"
+_PARTS = ("-wal", "-shm", "-journal")
 
 
 class WholeFile:
@@ -30,18 +33,21 @@ class WholeFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(os.path.realpath(path.expanduser()))
+        place = path.expanduser()
+        # Before links are followed: that of a pipe, such as /dev/stdout, leads nowhere.
+        self._direct = place.exists() and not place.is_file()
+        self.path = place if self._direct else Path(os.path.realpath(place))
         self.draft = self.path.with_name(f".{self.path.name[:80]}.{secrets.token_hex(4)}.part")
-        self._direct = self.path.exists() and not self.path.is_file()
         self._file: IO[bytes] | None = None
 
     @staticmethod
-    def check(path: Path, option: str) -> None:
-        """Raise `InvalidTask` where nothing could be written in the end.
+    def check(path: Path, option: str, database: Path | None = None) -> None:
+        """Raise `InvalidTask` where nothing could be written in the end, or something be lost.
 
         Args:
             path: The file's place.
             option: What names it on the command line.
+            database: The one in use, which may not be there yet. No database is ever replaced.
         """
         place = path.expanduser()
         folder = place.resolve().parent
@@ -51,6 +57,13 @@ class WholeFile:
             raise InvalidTask(f"{option}: there is no folder {folder}")
         if not place.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise InvalidTask(f"{option}: {folder} can't be written to")
+        real = Path(os.path.realpath(place))
+        ours = None if database is None else Path(os.path.realpath(database))
+        for candidate in (real, *_databases_of(real)):
+            if candidate == ours or _is_database(candidate):
+                raise InvalidTask(
+                    f"{option}: {path} is a database, or a part of one; name another file"
+                )
 
     def __enter__(self) -> Self:
         """Begin the draft."""
@@ -99,3 +112,17 @@ class WholeFile:
             if error.filename is not None or error.errno is None:
                 raise
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def _databases_of(path: Path) -> list[Path]:
+    """Return the database that a file would be a part of, going by its name."""
+    parts = [part for part in _PARTS if path.name.endswith(part) and path.name != part]
+    return [path.with_name(path.name.removesuffix(part)) for part in parts]
+
+
+def _is_database(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(len(_SQLITE)) == _SQLITE
+    return False

@@ -87,6 +87,21 @@ class TestStreaming:
         assert text_of(await run(gemini_server, a_call(resume))) == TEXT
         assert not made
 
+    async def test_calls_in_loose_forms(self, gemini_server: GeminiServer) -> None:
+        """Numbers of steps that are texts, and arguments that don't say what they are."""
+        begun, *_ = interaction_events(Scenario())
+        call = {"type": "function_call", "id": "a", "name": "weather"}
+        raw = [
+            begun,
+            {"event_type": "step.start", "index": 1, "step": call},
+            {"event_type": "step.delta", "index": "1", "delta": {"arguments": '{"city": '}},
+            {"event_type": "step.delta", "index": 1.0, "delta": {"arguments": '"Ulm"}'}},
+            {"event_type": "step.stop", "index": "1"},
+            {"event_type": "interaction.completed", "interaction": {"status": "requires_action"}},
+        ]
+        seen = await run(gemini_server, a_call(raw=raw))
+        assert lines_of(text_of(seen, "tool_call")) == CALLED[:1]
+
     async def test_arguments_come_as_deltas(self, gemini_server: GeminiServer) -> None:
         """A call's pieces aren't kept back until it is whole."""
         seen = await run(gemini_server, a_call(calls=CALLS[:1]))
@@ -203,6 +218,16 @@ class TestUsage:
         assert len(counts) > 1
         assert counts == sorted(counts)
 
+    @pytest.mark.parametrize("count", [1e300, 12345678901234567890, "9" * 18, True, -1, "many"])
+    async def test_what_is_no_count(self, gemini_server: GeminiServer, count: object) -> None:
+        """What can't be a number of tokens is unknown; the answer is an answer all the same."""
+        raw = [json.loads(event) for event in interaction_events(Scenario())]
+        raw[-1]["interaction"]["usage"] = {"total_output_tokens": count, "total_thought_tokens": 1}
+        events = [json.dumps(event) for event in raw]
+        usage = end_of(await run(gemini_server, a_call(raw=events))).usage
+        assert usage is not None
+        assert usage.output_tokens in (None, int("9" * 18) + 1)
+
     async def test_counts_of_other_forms(self, gemini_server: GeminiServer) -> None:
         """Large numbers travel as texts in Google's JSON; the raw form stays what was sent."""
         raw = [json.loads(event) for event in interaction_events(Scenario())]
@@ -267,6 +292,15 @@ class TestEndings:
         error = await failure(gemini_server, a_call(raw=raw))
         assert "out of tokens" in error.message
         assert error.response_over
+
+    @pytest.mark.parametrize("nothing", [None, "", {}, {"code": None, "message": None}, {"x": 1}])
+    async def test_an_error_of_a_step_that_says_nothing(
+        self, gemini_server: GeminiServer, nothing: object
+    ) -> None:
+        """A complete answer, which has its price, isn't thrown away for it."""
+        raw = [json.loads(event) for event in interaction_events(Scenario())]
+        raw[-1]["interaction"]["steps"] = [{"type": "model_output", "error": nothing}]
+        assert end_of(await run(gemini_server, a_call(raw=raw))).finish_reason == "stop"
 
     async def test_every_finish_reason_of_the_sdk_is_known(self) -> None:
         """A new release of the SDK may add some; this says so."""
@@ -366,6 +400,13 @@ class TestErrorEvents:
         error = await failure(gemini_server, a_call(raw=[*events[:4], event, *events[4:]]), way)
         assert type(error) is kind
         assert message in error.message
+
+    @pytest.mark.parametrize("way", INTERACTIONS)
+    @pytest.mark.parametrize("status", [201, 204, 302])
+    async def test_nothing_at_all(self, gemini_server: GeminiServer, way: str, status: int) -> None:
+        """A status that means no stream, without a body: another try would bring the same."""
+        error = await failure(gemini_server, a_call(status=status, body=""), way)
+        assert type(error) is InvalidRequest
 
     @pytest.mark.parametrize("over", [False, True])
     async def test_whether_the_interaction_is_over(

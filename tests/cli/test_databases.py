@@ -138,6 +138,35 @@ def test_unusable_urls(perdure: Perdure, command: list[str], url: str) -> None:
         assert ended.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "command", [["list"], ["verify"], ["submit", "--prompt", "x"]], ids=" ".join
+)
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("postgresql://me:sesame@[bad/x", "postgresql://[::1/sesame", "postgresql://:sesame:/x"),
+        *("postgresql://me:sesame@h:port/x", "postgres//me:sesame@h/x", "Postgresql:me:sesame@h/x"),
+        "postgresql://me@h/x?nonsense=sesame",
+    ],
+)
+def test_misspelt_urls(perdure: Perdure, command: list[str], url: str) -> None:
+    """They aren't shown, as a password may be in them, nor are they taken for files."""
+    ended = perdure(*command, "--db", url)
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.count("\n") == 1
+    assert "can't be read: give a file's path" in ended.err
+    assert "sesame" not in ended.err
+
+
+def test_names_that_look_a_bit_like_urls(tmp_path: Path, perdure: Perdure) -> None:
+    """What merely begins like a server's is a file."""
+    assert (
+        perdure("submit", "--prompt", "x", "-p", "demo", "--db", tmp_path / "postgres.db").code == 0
+    )
+    missing = perdure("list", "--db", "sqlite://x.db")
+    assert "three slashes" in missing.err
+
+
 def test_named_by_url(database: Path, migrated_file: Path, perdure: Perdure) -> None:
     """A URL names the same file as its path."""
     shutil.copy(migrated_file, database)

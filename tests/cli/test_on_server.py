@@ -164,6 +164,11 @@ def test_passwords_are_not_shown(url: str, perdure: Perdure, refused: Refused) -
     ):
         done = perdure("--db", secret, *command)
         assert "sesame" not in done.out + done.err
+    hidden = f"{url}{'&' if '?' in url else '?'}password=sesame"
+    for command in (("submit", "--prompt", "x", "-p", "demo"), ("verify",), ("list",)):
+        done = perdure("--db", hidden, *command)
+        assert done.code == 0
+        assert "sesame" not in done.out + done.err
     away = "postgresql://me:sesame@127.0.0.1:1/x"
     assert "sesame" not in refused(away, "list")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from invoking import Ended, Perdure
-from programs import query, write_rows
+from programs import Program, query, write_rows
 
 from perdure.batch import Tally
 from perdure.cli.asking import Streamed
@@ -297,6 +297,43 @@ def test_other_options_do_not_run_rows_again(perdure: Perdure, rows: Path, tmp_p
     assert len(journal(tmp_path / "calls")) == 5
 
 
+@pytest.mark.parametrize("kind", ["itself", "a link", "its WAL", "another", "one to come"])
+def test_results_never_replace_a_database(
+    perdure: Perdure, rows: Path, database: Path, tmp_path: Path, kind: str
+) -> None:
+    """Neither ours, nor a part of it, nor anybody else's; `export` refuses them alike."""
+    out = tmp_path / "out"
+    named: list[str | Path] = []
+    match kind:
+        case "a link":
+            out.symlink_to(database)
+        case "its WAL":
+            out = database.with_name(f"{database.name}-wal")
+        case "another":
+            shutil.copy(database, out)
+        case "one to come":
+            named = ["--db", out]
+        case _:
+            out = database
+    before = database.read_bytes()
+    ended = perdure("run", rows, "-p", "demo", "--out", out, *named)
+    assert (ended.code, ended.out) == (2, "")
+    assert len(complaints(ended)) == 1
+    assert "is a database" in ended.err
+    if not named:
+        assert perdure("export", "--out", out).code == 2
+    assert database.read_bytes() == before
+    assert query(database, "SELECT 1 FROM tasks") == []
+
+
+def test_results_into_a_pipe_by_its_name(rows: Path, database: Path) -> None:
+    """`/dev/stdout` is a link that leads nowhere in the file system."""
+    for command in (("run", rows, "-p", "demo"), ("export",)):
+        with Program(*command, "--out", "/dev/stdout", database=database) as program:
+            code, out, err = program.ended()
+        assert (code, len(out.splitlines())) == (0, 5), err
+
+
 def test_the_results_file_is_never_half_there(
     perdure: Perdure, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,6 +427,29 @@ def test_commands_that_go_on_create_no_database(
     assert ended.code == 1
     assert "there is no database" in ended.err
     assert not missing.exists()
+
+
+def test_a_worker_leaves_what_it_can_not_run(
+    perdure: Perdure, rows: Path, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks of a platform without a key here are somebody else's; asked for it, it refuses."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-nobody")
+    perdure("submit", "--prompt", "x", "-p", "claude")
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    perdure("submit", rows, "-p", "demo")
+    done = perdure("worker", "--until-done")
+    assert done.code == 0
+    runs, left = done.err.splitlines()[:2]
+    assert "demo" in runs
+    assert "claude," not in runs
+    assert "claude," in left
+    assert query(database, "SELECT status, count(*) FROM tasks GROUP BY status ORDER BY 1") == [
+        ("completed", 5),
+        ("pending", 1),
+    ]
+    refused = perdure("worker", "--platforms", "demo,claude")
+    assert refused.code == 1
+    assert complaints(refused)[0].count("ANTHROPIC_API_KEY") == 1
 
 
 # cancel, retry

@@ -1197,6 +1197,15 @@ async def test_closing_at_any_moment_loses_nothing(db: Path, chance: Any) -> Non
     assert_sound(db)
 
 
+async def test_an_engine_is_entered_once(db: Path) -> None:
+    """Leaving it inside would close it for those outside."""
+    async with engine_on(db, ScriptedAdapter(Completed())) as engine:
+        with pytest.raises(perdure.PerdureError, match="only once"):
+            async with engine:
+                pass
+        await engine.get_result(await engine.submit_task(ASK))
+
+
 async def test_a_closed_engine_takes_nothing(db: Path) -> None:
     """After closing, everything that would write or wait says so at once."""
     async with engine_on(db, ScriptedAdapter(Hold())) as engine:

@@ -38,6 +38,9 @@ _OTHER_CONTENT: Final = (
     "the batch already has a row of this id with other content, and keeps it; "
     "give the row another id, or run it under another --name"
 )
+_LIKE_A_BAD_ROW: Final = (
+    "line {} has the same id with other content, and can't be run: give this row another id"
+)
 
 
 class Taken(NamedTuple):
@@ -140,10 +143,10 @@ class Intake:
             return _BadRow(raw.line, told_id(raw.fields.get("id")), str(error))
 
     async def _take_group(self, group: Sequence[_Identified]) -> None:
-        firsts: dict[str, Row] = {}
-        for row in group:
-            if isinstance(row, Row):
-                firsts.setdefault(row.key, row)
+        firsts = _firsts(group)
+        if len(firsts) < len(group):  # what can't be run must not speak for those of the same id
+            group = self._without_bad_ones(group, firsts)
+            firsts = _firsts(group)
         database = self._engine.database
         fingerprints = {key: row.fingerprint for key, row in firsts.items()}
         unsettled = await find_unsettled(database, fingerprints, self._began_at)
@@ -156,6 +159,22 @@ class Intake:
         self.counts.rows += len(taken)
         self.counts.bad += sum(one.problem is not None for one in taken)
         self._on_taken(taken)
+
+    def _without_bad_ones(
+        self, group: Sequence[_Identified], firsts: Mapping[str, Row]
+    ) -> list[_Identified]:
+        """Return the group with what can't be run told apart where several rows have one key."""
+        several = {row.key for row in group if isinstance(row, Row) and row is not firsts[row.key]}
+        found: list[_Identified] = []
+        for row in group:
+            if isinstance(row, Row) and row.key in several:
+                try:
+                    make_task(row, self._batch, self._defaults)
+                except InvalidTask as error:
+                    found.append(_BadRow(row.line, row.id, str(error)))
+                    continue
+            found.append(row)
+        return found
 
     async def _decide(self, rows: Mapping[str, tuple[Row, Run | None]]) -> dict[str, str]:
         """Submit what is to be run; returns key -> problem for what can't be."""
@@ -225,11 +244,11 @@ class Intake:
             return Taken(row.line, row.id, None, row.problem)
         problem = problems.get(row.key)
         first = firsts[row.key]
-        if row is not first and problem is None:
-            if same_content(row.fingerprint, first.fingerprint):
+        if row is not first:
+            if not same_content(row.fingerprint, first.fingerprint):
+                problem = _OTHER_CONTENT if problem is None else _LIKE_A_BAD_ROW.format(first.line)
+            elif problem is None:
                 self.counts.repeated += 1
-            else:
-                problem = _OTHER_CONTENT
         return Taken(row.line, row.id, None if problem else row.key, problem)
 
     def _is_retried(self, run: Run) -> bool:
@@ -250,6 +269,15 @@ class Intake:
         if remark not in self._remarks and len(self._remarks) < _MOST_REMARKS:
             self._remarks.add(remark)
             self._on_remark(remark)
+
+
+def _firsts(group: Sequence[_Identified]) -> dict[str, Row]:
+    """Return key -> the first row that has it."""
+    found: dict[str, Row] = {}
+    for row in group:
+        if isinstance(row, Row):
+            found.setdefault(row.key, row)
+    return found
 
 
 async def _head(database: Database) -> int:

@@ -88,7 +88,7 @@ async def run(
     from perdure.store.claims import Scope
     from perdure.worker import WorkerSettings
 
-    source, batch, defaults = _prepare(file, name, task, out, runs_here=True)
+    source, batch, defaults = _prepare(session, file, name, task, out)
     scope = Scope(batch=batch)
     settings = WorkerSettings(concurrency=concurrency)
     written = None
@@ -138,7 +138,7 @@ async def submit(
         return await _submit_one(session, prompt or "", task)
     from perdure.batch import Ledger, each_result
 
-    source, batch, defaults = _prepare(file, name, task, None, runs_here=False)
+    source, batch, defaults = _prepare(session, file, name, task, None, runs_here=False)
     with Ledger() as ledger:
         async with session.engine(create=True) as engine:
             intake = _intake(engine, source, batch, defaults, retry_failed, ledger)
@@ -179,7 +179,13 @@ async def _submit_one(session: Session, prompt: str, options: TaskOptions) -> in
 
 
 def _prepare(
-    file: str, name: str | None, options: TaskOptions, out: Path | None, *, runs_here: bool
+    session: Session,
+    file: str,
+    name: str | None,
+    options: TaskOptions,
+    out: Path | None,
+    *,
+    runs_here: bool = True,
 ) -> tuple[Source, str, Defaults]:
     """Check everything that can be checked before anything is written."""
     from perdure.batch import Defaults, batch_name, open_source
@@ -189,7 +195,7 @@ def _prepare(
     source = open_source(file)
     batch = batch_name(source.batch if name is None else name)
     if out is not None and str(out) != "-":
-        WholeFile.check(out, "--out")
+        WholeFile.check(out, "--out", session.file)
         if source.path is not None and out.is_file() and out.samefile(source.path):
             raise InvalidTask(f"--out: {out} is the input; name another file")
     return source, batch, Defaults({**options.task_fields(), **options.constraints()})

@@ -57,7 +57,7 @@ def export(
     if csv and session.json:
         raise typer.BadParameter("give either --csv or --json", param_hint="--csv")
     if out is not None:
-        WholeFile.check(out, "--out")
+        WholeFile.check(out, "--out", session.file)
     with Reader.open(session.url) as reader, _destination(out) as emit:
         where, parameters = filters.where(reader)
         rows = (_events if events else _tasks)(reader, where, parameters)

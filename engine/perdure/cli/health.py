@@ -234,24 +234,12 @@ class Usable:
 
 
 def _each_platform() -> Iterator[Usable]:
-    from perdure.errors import NotConfigured
     from perdure.platforms import Platforms
 
     found = Platforms.configured()
     for name in found.names:
-        try:
-            adapter = found.get(name)
-        except PerdureError as error:
-            yield Usable(name, None, str(error))
-            continue
-        check: Any = getattr(adapter, "check", None)  # adapters of others need not have it
-        try:
-            if check is not None:
-                check()
-        except NotConfigured as error:
-            yield Usable(name, adapter, str(error))
-        else:
-            yield Usable(name, adapter, None)
+        problem = found.problem(name)
+        yield Usable(name, found.made.get(name), problem)
 
 
 def platforms(session: Session) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -29,9 +29,11 @@ _TOGETHER: Final = 500
 
 _GOING: Final = frozenset({Status.PENDING, Status.RUNNING})
 
-# Seconds that running tasks have to end in, and between two looks. Mostly it takes milliseconds.
+# Seconds that running tasks have to end in, between two looks (mostly it takes milliseconds), and
+# between two looks for workers that are dead.
 _PATIENCE: Final = 5.0
 _LOOK: Final = 0.05
+_RECOVERING: Final = 1.0
 
 _IdsOrBatch = Annotated[
     list[str] | None,
@@ -57,8 +59,9 @@ async def cancel(
     chosen = _choose(session, ids, batch, (Status.PENDING, Status.RUNNING))
     telling = _Telling(session, each=batch is None)
     stopping: list[str] = []
-    with Reader.open(session.url) as reader:
-        async with session.engine() as engine:
+    # The engine outside: its connection is the last one then, and leaves the database in one file.
+    async with session.engine() as engine:
+        with Reader.open(session.url) as reader:
             for part in chosen:
                 written = await asyncio.gather(
                     *(engine.cancel_task(task_id, reason) for task_id in part)
@@ -69,10 +72,13 @@ async def cancel(
                         stopping.append(task_id)
                     else:
                         telling.tell(task_id, now[task_id], asked=done)
-            await engine.recover_lost()
-            async for task_id, status in _stopped(reader, stopping):
-                telling.tell(task_id, status, asked=True)
-    telling.summarize()
+            try:
+                await _wait_until_stopped(engine, reader, stopping)
+            finally:  # after Ctrl-C, too: what was asked for is in the log
+                now = _statuses(reader, stopping)
+                for task_id in stopping:
+                    telling.tell(task_id, now[task_id], asked=True)
+                telling.summarize()
     return ExitCode.OK
 
 
@@ -113,30 +119,30 @@ class _Telling:
 
 
 def _statuses(reader: Reader, task_ids: Sequence[str]) -> dict[str, str]:
-    places = ", ".join("?" * len(task_ids))
-    query = f"SELECT task_id, status FROM tasks WHERE task_id IN ({places})"
-    return {row["task_id"]: row["status"] for row in reader.rows(query, tuple(task_ids))}
+    """Return how tasks stand; `unknown` where their rows are missing."""
+    found = dict.fromkeys(task_ids, "unknown")
+    for i in range(0, len(task_ids), _TOGETHER):
+        part = task_ids[i : i + _TOGETHER]
+        places = ", ".join("?" * len(part))
+        query = f"SELECT task_id, status FROM tasks WHERE task_id IN ({places})"
+        found.update((row["task_id"], row["status"]) for row in reader.rows(query, tuple(part)))
+    return found
 
 
-async def _stopped(reader: Reader, task_ids: Sequence[str]) -> AsyncIterator[tuple[str, str]]:
-    """Yield how tasks have ended, as they do; those that take too long as they are by then."""
+async def _wait_until_stopped(engine: Engine, reader: Reader, task_ids: Sequence[str]) -> None:
+    """Wait until tasks have ended, for a while; those of dead workers are ended here."""
     import asyncio
 
     latest = time.monotonic() + _PATIENCE
-    going = list(task_ids)
-    while going:
-        over = time.monotonic() >= latest
-        now: dict[str, str] = {}
-        for i in range(0, len(going), _TOGETHER):
-            now |= _statuses(reader, going[i : i + _TOGETHER])
-        going.clear()
-        for task_id, status in now.items():
-            if status in _GOING and not over:
-                going.append(task_id)
-            else:
-                yield task_id, status
-        if going:
-            await asyncio.sleep(_LOOK)
+    recover_at = 0.0
+    while True:
+        if time.monotonic() >= recover_at:
+            await engine.recover_lost()
+            recover_at = time.monotonic() + _RECOVERING
+        now = _statuses(reader, task_ids)
+        if _GOING.isdisjoint(now.values()) or time.monotonic() >= latest:
+            return
+        await asyncio.sleep(_LOOK)
 
 
 async def retry(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
@@ -71,9 +72,16 @@ class Session:
 
         if self.db is None or not on_server(self.db):
             return self.db or ""
-        from perdure.store.database import parse_url
+        from perdure.store.database import parse_url, shown_url
 
-        return parse_url(self.db).set(drivername="postgresql").render_as_string(hide_password=True)
+        return shown_url(parse_url(self.db).set(drivername="postgresql"))
+
+    @property
+    def file(self) -> Path | None:
+        """The database's file; None where it is on a server."""
+        from perdure.store.readonly import on_server, path_of
+
+        return None if on_server(self.url) else path_of(self.url)
 
     def database(self) -> Database:
         """Return the database, not opened yet."""

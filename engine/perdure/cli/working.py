@@ -29,7 +29,7 @@ async def worker(
             "--platform",
             "-p",
             metavar="NAME,…",
-            help="Only tasks of these platforms; default: of all that are installed.",
+            help="Only tasks of these platforms; default: of all that can be used here.",
         ),
     ] = None,
     concurrency: ConcurrencyOption = 8,
@@ -39,9 +39,10 @@ async def worker(
 ) -> int:
     """Run what is pending, also what others submit, until it is stopped.
 
-    Ctrl-C lets what runs finish; SIGTERM hands it back at once, to be run by another worker.
+    Tasks of platforms that can't be used on this machine are left to other workers. Ctrl-C lets
+    what runs finish; SIGTERM hands it back at once, to be run by another worker.
     """
-    from perdure.errors import InvalidTask
+    from perdure.errors import InvalidTask, NotConfigured
     from perdure.platforms import Platforms
     from perdure.store.claims import Scope
 
@@ -51,8 +52,20 @@ async def worker(
     installed = Platforms.configured()
     for name in named:
         installed.check(name)
-    say(f"This worker runs tasks of {', '.join(named or installed.names)}. Ctrl-C stops it.")
-    scope = Scope(platforms=named or None)
+    problems = {name: installed.problem(name) for name in named or installed.names}
+    for problem in problems.values():
+        if problem is not None and named:
+            raise NotConfigured(problem)
+    usable = tuple(name for name, problem in problems.items() if problem is None)
+    if not usable:
+        raise NotConfigured(
+            "no platform can be used here: `perdure platforms` says what is missing"
+        )
+    say(f"This worker runs tasks of {', '.join(usable)}. Ctrl-C stops it.")
+    if len(usable) < len(problems):
+        left = ", ".join(name for name in problems if name not in usable)
+        say(f"Left to other workers: {left}; `perdure platforms` says what is missing here.")
+    scope = Scope(platforms=usable)
     return await run_scope(session, scope, concurrency, until_done=until_done, create=True)
 
 

@@ -25,13 +25,13 @@ from sqlalchemy.exc import ArgumentError
 
 from perdure.errors import DatabaseIncompatible, StoreError
 from perdure.store.dialect import Dialect, Writer, stored_revision
-from perdure.store.readonly import Reader
+from perdure.store.readonly import UNREADABLE_URL, Reader, path_of
 from perdure.store.sqlite import Sqlite
 
 if TYPE_CHECKING:  # on SQLite, who reads in threads does without (see `Dialect.readers`)
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-__all__ = ["Database", "Writer", "parse_url"]
+__all__ = ["Database", "Writer", "parse_url", "shown_url"]
 
 T = TypeVar("T")
 
@@ -47,14 +47,11 @@ def parse_url(url: str | os.PathLike[str]) -> URL:
     """
     text = os.fspath(url)
     if "://" not in text:
-        return URL.create("sqlite", database=str(Path(text).expanduser()))
+        return URL.create("sqlite", database=str(path_of(text)))
     try:
         parsed = make_url(text)
-    except ArgumentError:
-        raise DatabaseIncompatible(
-            "the database URL can't be read: give a file's path, sqlite:///FILE or "
-            "postgresql://USER@HOST/NAME"
-        ) from None
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
+        raise DatabaseIncompatible(UNREADABLE_URL) from None
     if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
         return parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() != "sqlite":
@@ -62,11 +59,23 @@ def parse_url(url: str | os.PathLike[str]) -> URL:
             f"{parsed.drivername!r} is no database that perdure can use: give a file's path, "
             "sqlite:///FILE or postgresql://USER@HOST/NAME"
         )
+    if parsed.host:
+        raise DatabaseIncompatible(
+            "the URL of a file has three slashes, as in sqlite:///perdure.db, or four before a "
+            "path from the root"
+        )
     if parsed.database in (None, "", ":memory:"):
         raise DatabaseIncompatible(
             "a database in memory is gone with the process: give a file, as in sqlite:///perdure.db"
         )
     return URL.create("sqlite", database=str(Path(str(parsed.database)).expanduser()))
+
+
+def shown_url(url: URL) -> str:
+    """Return a URL for people to read: without passwords, wherever they are in it."""
+    secret = [name for name in url.query if "password" in name]
+    shown = url.update_query_dict(dict.fromkeys(secret, "***"))
+    return shown.render_as_string(hide_password=True)
 
 
 def _dialect(url: URL) -> Dialect:
@@ -92,7 +101,7 @@ class Database:
         self._reads: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
-        return f"Database({self.url.render_as_string(hide_password=True)!r})"
+        return f"Database({shown_url(self.url)!r})"
 
     @property
     def path(self) -> Path:

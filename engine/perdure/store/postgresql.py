@@ -47,11 +47,12 @@ from perdure.store.dialect import (
     take_time,
 )
 from perdure.store.direct import ROUND_TRIPS
-from perdure.store.readonly import BUSY_SECONDS, Reader
+from perdure.store.readonly import BUSY_SECONDS, UNREADABLE_URL, Reader
 from perdure.store.schema import events, log_head
 
 try:
     import psycopg
+    from psycopg.conninfo import conninfo_to_dict
     from psycopg.types.datetime import TimestamptzLoader
     from psycopg.types.string import TextLoader
 except ImportError:
@@ -86,6 +87,11 @@ class Postgresql(Dialect):
 
     def __init__(self, url: URL) -> None:
         self.url = url.set(drivername="postgresql+psycopg")
+        plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        try:
+            conninfo_to_dict(plain)
+        except psycopg.ProgrammingError:  # which shows the URL, with its password
+            raise DatabaseIncompatible(UNREADABLE_URL) from None
         self.place = shown_place(url)
         self.skew = timedelta()
         self.token = secrets.token_hex(6)

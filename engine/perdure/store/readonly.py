@@ -31,6 +31,7 @@ __all__ = [
     "APPLICATION_ID",
     "BUSY_SECONDS",
     "REVISION",
+    "UNREADABLE_URL",
     "VIEWS",
     "Reader",
     "default_database",
@@ -53,6 +54,14 @@ APPLICATION_ID: Final = 0x70657264
 VIEWS: Final = ("attempts", "batches", "task_events", "task_output", "usage_daily")
 
 BUSY_SECONDS: Final = 30.0
+
+UNREADABLE_URL: Final = (
+    "the database URL can't be read: give a file's path, sqlite:///FILE or "
+    "postgresql://USER@HOST/NAME"
+)
+"""What is said of a URL with a mistake in it, which isn't shown, as a password may be in it."""
+# The beginning of a server's URL that isn't quite one.
+_MISSPELT: Final = re.compile(r"postgres(ql)?(\+\w+)?(:|//)", re.IGNORECASE)
 
 Parameters = Mapping[str, object] | Sequence[object]
 
@@ -226,6 +235,8 @@ def path_of(url: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(url)
     if "://" not in text:
+        if _MISSPELT.match(text):  # and not shown: there may be a password in it
+            raise DatabaseIncompatible(UNREADABLE_URL)
         return Path(text).expanduser()
     from perdure.store.database import parse_url  # URLs have rules; few people write one
 
