@@ -334,6 +334,22 @@ def test_results_into_a_pipe_by_its_name(rows: Path, database: Path) -> None:
         assert (code, len(out.splitlines())) == (0, 5), err
 
 
+def test_the_end_says_what_failed(perdure: Perdure, tmp_path: Path) -> None:
+    """Each class of error once, the most frequent first, with a message as an example."""
+    rows = [{"id": "odd", "prompt": "x", "options": {"fail": "ContentRefused"}}]
+    rows += [{"id": f"r{n}", "prompt": f"{n}", "options": {"words": "abc"}} for n in range(3)]
+    ended = perdure("run", write_rows(tmp_path / "rows.jsonl", rows), "-p", "demo")
+    assert ended.code == 3
+    first, second = (line for line in ended.err.splitlines() if " failed with " in line)
+    assert first.startswith("3 failed with InvalidRequest, such as: demo: words: ")
+    assert second.startswith("1 failed with ContentRefused: ")
+    again = perdure("run", tmp_path / "rows.jsonl", "-p", "demo", "--json").json
+    assert [(one["error_class"], one["tasks"]) for one in again["failures"]] == [
+        ("InvalidRequest", 3),
+        ("ContentRefused", 1),
+    ]
+
+
 def test_the_results_file_is_never_half_there(
     perdure: Perdure, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

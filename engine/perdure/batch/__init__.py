@@ -18,11 +18,12 @@ from perdure.batch.results import Ledger, each_result, result_line
 from perdure.batch.rows import Defaults, batch_name
 from perdure.batch.runs import Run, latest_runs
 from perdure.batch.source import Source, open_source
-from perdure.batch.tally import Tally, Tallying, count_batch
+from perdure.batch.tally import Failures, Tally, Tallying, count_batch, count_failures
 
 __all__ = [
     "Counts",
     "Defaults",
+    "Failures",
     "Intake",
     "Layout",
     "Ledger",
@@ -33,6 +34,7 @@ __all__ = [
     "Tallying",
     "batch_name",
     "count_batch",
+    "count_failures",
     "each_result",
     "latest_runs",
     "open_source",

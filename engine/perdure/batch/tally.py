@@ -84,6 +84,46 @@ async def count_batch(database: Database, batch: str) -> Tally:
     return _tally({name: n - followed.get(name, 0) for name, n in counts.items()}, _used(ended))
 
 
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """Failed tasks of one class of error.
+
+    Attributes:
+        error_class: Its name, as in `perdure.errors`.
+        tasks: How many.
+        example: One of their messages.
+    """
+
+    error_class: str
+    tasks: int
+    example: str
+
+
+async def count_failures(database: Database, batch: str) -> list[Failures]:
+    """Count a batch's failed tasks by the class of their error, the most frequent first.
+
+    Without those that were run again.
+    """
+    again = tasks.alias("again")
+    number = sa.func.count()
+    rows = await database.rows(
+        sa.select(
+            tasks.c.error_class, number.label("tasks"), sa.func.min(tasks.c.error).label("example")
+        )
+        .where(
+            tasks.c.batch == batch,
+            tasks.c.status == "failed",
+            ~sa.exists().where(again.c.retry_of == tasks.c.task_id),
+        )
+        .group_by(tasks.c.error_class)
+        .order_by(number.desc(), tasks.c.error_class)
+    )
+    return [
+        Failures(row["error_class"] or "unknown", row["tasks"], row["example"] or "")
+        for row in rows
+    ]
+
+
 class Tallying:
     """Keeps count of a scope.
 

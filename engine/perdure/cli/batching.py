@@ -81,7 +81,7 @@ async def run(
     Running the same command again does only what isn't done. Ctrl-C lets what runs finish; twice
     cancels it and keeps the partial output.
     """
-    from perdure.batch import Ledger, count_batch
+    from perdure.batch import Ledger, count_batch, count_failures
     from perdure.cli.interrupts import Interrupts
     from perdure.cli.supervising import supervise
     from perdure.cli.watching import watching
@@ -103,12 +103,14 @@ async def run(
                 if out is not None and complete and not interrupts.terminated.is_set():
                     written = await _write_results(engine.database, ledger, out)
             tally = await count_batch(engine.database, batch)
+            failures = await count_failures(engine.database, batch) if tally.failed else []
     summary = Summary(
         batch=batch,
         tally=tally,
         again=_same_command(),
         counts=intake.counts,
         out=written,
+        failures=failures,
         interrupted=interrupts.interrupted,
     )
     if session.json and written != "-":

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from perdure.cli.exits import ExitCode
 from perdure.cli.figures import count, dollars, things
 from perdure.cli.session import Session
+from perdure.cli.terminal import one_line
 
 if TYPE_CHECKING:
-    from perdure.batch import Counts, Tally
+    from perdure.batch import Counts, Failures, Tally
 
 __all__ = ["Summary", "cost"]
+
+_MOST_FAILURES: Final = 3
+_MOST_WORDS: Final = 200  # characters of an example
 
 
 def cost(tally: Tally) -> str:
@@ -35,6 +39,7 @@ class Summary:
         tally: Where the tasks stand.
         counts: What came in, where rows did.
         out: Where the results are, if they were written to a file.
+        failures: What failed tasks of the batch failed of.
         interrupted: Whether the user or the system ended it.
         again: The command that goes on.
     """
@@ -44,6 +49,7 @@ class Summary:
     again: str
     counts: Counts | None = None
     out: str | None = None
+    failures: Sequence[Failures] = ()
     interrupted: bool = False
 
     @property
@@ -71,6 +77,7 @@ class Summary:
                 "failed": tally.failed,
                 "cancelled": tally.cancelled,
             },
+            "failures": [asdict(one) for one in self.failures],
             "tokens": tally.tokens,
             "cost_usd": None if tally.unpriced else tally.cost_usd,
         }
@@ -87,9 +94,19 @@ class Summary:
         if tally.left:
             parts.append(f"{count(tally.left)} not done")
         yield f"{title}{', '.join(parts)}; {count(tally.tokens)} tokens, {cost(tally)}"
+        yield from self._about_failures()
         yield from self._about_rows()
         yield from self._how_to_go_on(session)
         yield from self._where_to_look(session)
+
+    def _about_failures(self) -> Iterator[str]:
+        for one in self.failures[:_MOST_FAILURES]:
+            which = "" if one.tasks == 1 else ", such as"
+            example = f"{which}: {one_line(one.example, _MOST_WORDS)}" if one.example else ""
+            yield f"{count(one.tasks)} failed with {one.error_class}{example}"
+        left = sum(one.tasks for one in self.failures[_MOST_FAILURES:])
+        if left:
+            yield f"{count(left)} failed with other errors"
 
     def _about_rows(self) -> Iterator[str]:
         counts = self.counts

@@ -15,6 +15,7 @@ from perdure.cli.summary import Summary
 from perdure.cli.terminal import say, show_json
 
 if TYPE_CHECKING:
+    from perdure.batch import Failures
     from perdure.store.claims import Scope
 
 __all__ = ["resume", "run_scope", "worker"]
@@ -86,7 +87,7 @@ async def run_scope(
     title: str = "tasks",
 ) -> int:
     """Run the tasks of a scope, show how far it is, and say how it ended."""
-    from perdure.batch import Tallying, count_batch
+    from perdure.batch import Tallying, count_batch, count_failures
     from perdure.cli.interrupts import Interrupts
     from perdure.cli.supervising import supervise
     from perdure.cli.watching import watching
@@ -99,14 +100,16 @@ async def run_scope(
         with Interrupts() as interrupts:
             async with watching(engine, scope, title):
                 await supervise(engine, interrupts, until_done=until_done)
-        tally = (
-            await tallying.look()
-            if scope.batch is None
-            else await count_batch(engine.database, scope.batch)
-        )
+        failures: list[Failures] = []
+        if scope.batch is None:
+            tally = await tallying.look()
+        else:
+            tally = await count_batch(engine.database, scope.batch)
+            failures = await count_failures(engine.database, scope.batch) if tally.failed else []
     summary = Summary(
         batch=scope.batch,
         tally=tally,
+        failures=failures,
         again=shlex.join(("perdure", *sys.argv[1:])),
         interrupted=interrupts.interrupted,
     )
