@@ -134,6 +134,8 @@ class TestArchive:
             ("DELETE FROM events WHERE version = 2", "was expected"),
             ("UPDATE tasks SET output = 'other'", "differs from its events"),
             ("UPDATE log_head SET archive_of = NULL", "no archive"),
+            ("DROP VIEW batches", "the trigger events_no_delete on events is missing"),
+            ("DROP VIEW attempts", "the view attempts is missing"),
             ("UPDATE streams SET task_id = task_id || 'x'", "doesn't know it"),
         ],
     )  # fmt: skip

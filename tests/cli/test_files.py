@@ -178,12 +178,16 @@ class TestVacuumAndUpgrade:
         ended = perdure("db", "upgrade")
         assert (ended.code, ended.out) == (0, "")
         assert "already" in ended.err
-        assert perdure("db", "upgrade", "--json").json == {"before": REVISION, "after": REVISION}
+        assert perdure("db", "upgrade", "--json").json == {
+            "before": REVISION, "after": REVISION, "put_back": [], "failed": [],
+        }  # fmt: skip
 
     def test_from_nothing(self, database: Path, perdure: Perdure) -> None:
         """An empty file becomes a database."""
         database.touch()
-        assert perdure("db", "upgrade", "--json").json == {"before": None, "after": REVISION}
+        assert perdure("db", "upgrade", "--json").json == {
+            "before": None, "after": REVISION, "put_back": [], "failed": [],
+        }  # fmt: skip
         assert perdure("list").code == 0
 
     @pytest.mark.parametrize("content", ["", "no database"])

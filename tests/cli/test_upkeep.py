@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from stories import (
     submit,
 )
 
+from perdure.events import chain_digest
+
 
 @pytest.fixture
 def story(database: Path, migrated_file: Path) -> Path:
@@ -30,10 +34,15 @@ def story(database: Path, migrated_file: Path) -> Path:
 def edit(path: Path, *statements: str) -> None:
     """Change a database as one does who knows SQLite and not perdure."""
     with sqlite3.connect(path) as connection:
-        connection.execute("DROP TRIGGER events_no_update")
-        connection.execute("DROP TRIGGER events_no_delete")
+        triggers = connection.execute(
+            "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall()
+        for name, _sql in triggers:
+            connection.execute(f"DROP TRIGGER {name}")
         for statement in statements:
             connection.execute(statement)
+        for _name, sql in triggers:
+            connection.execute(sql)
     connection.close()
 
 
@@ -113,6 +122,81 @@ class TestVerify:
         assert any(says in line for line in ended.lines)
         assert "problem" in ended.err
         assert "1:" not in ended.err
+
+    @pytest.mark.parametrize("value", ["2", "'x'", "1.5", "-1"])
+    def test_schema_version(self, story: Path, perdure: Perdure, value: str) -> None:
+        """A changed schema version is a change like any other, and the walk goes on."""
+        edit(
+            story,
+            f"UPDATE events SET schema_version = {value} WHERE position = 1",
+            "UPDATE events SET digest = zeroblob(32) WHERE position = 6",
+            "UPDATE streams SET version = 9 WHERE stream_id = 1",
+        )
+        ended = perdure("verify")
+        assert ended.code == 1
+        assert f"position 1 ({ONE} version 1): the event, or what stands before it" in ended.out
+        assert "position 6" in ended.out
+        assert "version 9" in ended.out
+        assert "upgrade perdure" not in ended.out + ended.err
+
+    @pytest.mark.parametrize("type_", ["submitted", "invented"])
+    def test_written_by_a_newer_perdure(self, story: Path, perdure: Perdure, type_: str) -> None:
+        """Of an event that is what was written, and that it can't read, it says what to do."""
+        with sqlite3.connect(story) as connection:
+            (head,) = connection.execute("SELECT position FROM log_head").fetchone()
+            before = connection.execute("SELECT digest FROM log_head").fetchone()[0]
+            for place in (head + 1, head + 2):
+                at = datetime(2026, 11, 22, tzinfo=UTC)
+                data = b'{"new":true}'
+                before = chain_digest(
+                    before, place, f"new_{place}", 1, type_, 7, at, hashlib.sha256(data).digest()
+                )
+                connection.execute("INSERT INTO streams VALUES (?, ?, 1)", (place, f"new_{place}"))
+                connection.execute(
+                    "INSERT INTO events VALUES (?, ?, 1, ?, 7, ?, ?, ?)",
+                    (place, place, type_, data.decode(), "2026-11-22T00:00:00.000000Z", before),
+                )
+            connection.execute("UPDATE log_head SET position = ?, digest = ?", (head + 2, before))
+        connection.close()
+        ended = perdure("verify")
+        assert ended.code == 1
+        newer, uncompared = ended.lines
+        assert newer == (
+            f"position {head + 1} (new_{head + 1} version 1): {type_!r} of schema version 7 was "
+            "written by a newer perdure, as 1 more are: upgrade perdure"
+        )
+        assert uncompared.startswith("`tasks` can't be held against the log")
+
+    def test_defences(self, story: Path, perdure: Perdure) -> None:
+        """What was dropped is found, by doctor as well; `db upgrade` puts it back."""
+        with sqlite3.connect(story) as connection:
+            connection.execute("DROP TRIGGER events_no_update")
+            connection.execute("DROP TRIGGER events_no_delete")
+            connection.execute("DROP INDEX events_one_ending")
+            connection.execute("DROP VIEW batches")
+            connection.execute("CREATE VIEW batches AS SELECT 1 AS batch")
+        connection.close()
+        ended = perdure("verify")
+        assert (ended.code, len(ended.lines)) == (1, 4)
+        for line in ended.lines:
+            assert line.endswith("`perdure db upgrade` puts it back")
+        state = {one["name"]: one for one in map(json.loads, perdure("doctor", "--json").lines)}
+        assert state["defences"]["state"] == "broken"
+        back = perdure("db", "upgrade", "--json").json
+        assert (len(back["put_back"]), back["failed"]) == (4, [])
+        assert perdure("verify").code == 0
+        assert "ok" in next(one for one in perdure("doctor").lines if one.startswith("defences"))
+
+    def test_defences_of_a_newer_schema(self, story: Path, perdure: Perdure) -> None:
+        """What a newer release makes isn't judged, and that is said."""
+        with sqlite3.connect(story) as connection:
+            connection.execute("UPDATE alembic_version SET version_num = '9999'")
+            connection.execute("DROP INDEX events_one_ending")
+        connection.close()
+        ended = perdure("verify")
+        assert ended.code == 0
+        assert "Not looked at: triggers, unique indexes and views" in ended.err
+        assert perdure("verify", "--json").json["unchecked"]
 
     def test_json(self, story: Path, perdure: Perdure) -> None:
         """With --json it is one object, problems or not."""

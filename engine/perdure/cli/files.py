@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
+from perdure.cli.exits import ExitCode
 from perdure.cli.figures import size
 from perdure.cli.progress import progress
 from perdure.cli.session import Session
-from perdure.cli.terminal import say, show_json
+from perdure.cli.terminal import complain, say, show_json
 from perdure.errors import DatabaseUnavailable, PerdureError
 from perdure.store.readonly import REVISION, Reader, on_server, reading_errors, refuse_missing
 
@@ -37,24 +38,35 @@ def size_on_disk(path: Path) -> int:
     return sum(part.stat().st_size for part in (path, wal) if part.exists())
 
 
-def upgrade(session: Session) -> None:
+def upgrade(session: Session) -> int:
     """Bring the database's schema up to that of this perdure.
 
     On a file, commands that write do so by themselves; those that only look ask for it. A
     PostgreSQL database is set up and upgraded by this command only; any number at once is fine.
+    Triggers, unique indexes and views that are missing, or were changed, are put back.
     """
+    from perdure.store.defences import mend
+
     database = session.database()
     if not on_server(session.url):
         refuse_missing(database.path)
     before = database.revision()
     database.upgrade()
+    mended = mend(database)
     place = database.dialect.place
     if session.json:
-        show_json({"before": before, "after": REVISION})
+        show_json(
+            {"before": before, "after": REVISION, "put_back": mended.back, "failed": mended.failed}
+        )
     elif before == REVISION:
         say(f"{place} has schema {REVISION} already.")
     else:
         say(f"{place} has schema {REVISION} now; it had {before or 'none'}.")
+    for what in mended.back:
+        say(f"Put back: {what}.")
+    for failure in mended.failed:
+        complain(failure)
+    return ExitCode.FATAL if mended.failed else ExitCode.OK
 
 
 # -- backup --------------------------------------------------------------------------------------

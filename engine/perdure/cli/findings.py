@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from perdure.cli.figures import count, things
 
-__all__ = ["LOG", "Finding", "State", "of_log"]
+if TYPE_CHECKING:
+    from perdure.store.database import Database
+
+__all__ = ["LOG", "Finding", "State", "of_defences", "of_log"]
 
 State = Literal["ok", "note", "warning", "broken"]
 
@@ -44,3 +47,18 @@ def of_log(row: Any) -> Finding:  # noqa: ANN401 - of whatever driver
     if not elsewhere or archive:
         return Finding("log", "ok", here)
     return Finding("log", "ok", f"{here}, and {count(int(elsewhere))} more in archives")
+
+
+def of_defences(database: Database) -> Finding:
+    """Return what there is to say of triggers, unique indexes and views."""
+    from perdure.store.defences import look
+
+    with database.snapshot() as connection:
+        standing = look(database, connection)
+    if standing.flaws:
+        more = f", and {len(standing.flaws) - 1} more" if len(standing.flaws) > 1 else ""
+        hint = "`perdure verify` says what to do"
+        return Finding("defences", "broken", f"{standing.flaws[0]}{more}", hint)
+    if standing.unchecked:
+        return Finding("defences", "note", f"not looked at: {'; '.join(standing.unchecked)}")
+    return Finding("defences", "ok", "triggers, unique indexes and views are perdure's")

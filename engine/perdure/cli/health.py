@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from perdure.cli.exits import ExitCode
 from perdure.cli.figures import UNKNOWN, of_these, size
 from perdure.cli.files import size_on_disk, stored_revision
-from perdure.cli.findings import LOG, Finding, State, of_log
+from perdure.cli.findings import LOG, Finding, State, of_defences, of_log
 from perdure.cli.session import Session
 from perdure.cli.tables import paint, tab_line, table
 from perdure.cli.terminal import is_terminal, one_line, show, show_json
@@ -141,6 +141,7 @@ def _content(path: Path) -> Iterator[Finding]:
 
     with reader:
         yield from _soundness(reader)
+        yield of_defences(Database(path))
         yield from _work(reader, Database(path))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from perdure.cli.figures import size
-from perdure.cli.findings import LOG, Finding, of_log
+from perdure.cli.findings import LOG, Finding, of_defences, of_log
 from perdure.errors import DatabaseIncompatible, StoreError
 from perdure.store.database import Database
 from perdure.store.readonly import REVISION
@@ -61,6 +61,7 @@ def examine_server(database: Database) -> Iterator[Finding]:
     with database.snapshot() as connection:
         head = connection.exec_driver_sql(LOG).one_or_none()
     yield of_log(head)
+    yield of_defences(database)
 
 
 def _durability(found: Any) -> Iterator[Finding]:  # noqa: ANN401 - a row

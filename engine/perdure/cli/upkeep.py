@@ -20,7 +20,7 @@ from perdure.cli.progress import progress
 from perdure.cli.records import find_task_row, refuse_archived
 from perdure.cli.session import Session, add_command, add_group
 from perdure.cli.terminal import complain, one_line, say, show_json, show_line
-from perdure.errors import DatabaseCorrupt
+from perdure.errors import DatabaseCorrupt, DatabaseIncompatible
 from perdure.store.readonly import Reader
 
 if TYPE_CHECKING:
@@ -72,28 +72,37 @@ def verify(
 ) -> int:
     """Walk the whole log and hold `tasks` against it: has anybody changed anything?
 
+    Triggers, unique indexes and views have to be those that perdure made.
+
     Prints POSITION:DIGEST of the log's end. Keep it somewhere else: with --expect it shows later
     that the log was not cut off or written anew since. What is in archives is looked at only where
     they are named. Exit code 1 where something is wrong.
     """
     expected = None if expect is None else _seal(expect)
-    from perdure.store import rebuilding, verification
+    from perdure.store import defences, rebuilding, verification
     from perdure.store.helping import helpers_for
 
     database = session.database()
     database.prepare(create=False, upgrade=False)
     differed = 0
     with database.snapshot() as connection:
+        standing = defences.look(database, connection)
         with helpers_for(database, connection) as helpers:
             with progress("reading the log") as step:
                 report = verification.verify(
-                    connection, expect=expected, progress=step, helpers=helpers
+                    connection,
+                    expect=expected,
+                    progress=step,
+                    helpers=helpers,
+                    flaws=[str(flaw) for flaw in standing.flaws],
                 )
             with progress("comparing tasks") as step:
                 try:
                     differed = rebuilding.compare(connection, step, helpers).differed
                 except DatabaseCorrupt as error:
                     report.problem(str(error))
+                except DatabaseIncompatible:
+                    report.problem(verification.NOT_COMPARED)
         read = look_into(connection, archives or (), report, expected)
     if differed:
         report.problem(
@@ -109,10 +118,13 @@ def verify(
                 "archives": read,
                 "rows_differing": differed,
                 "problems": report.problems,
+                "unchecked": standing.unchecked,
             }
         )
     else:
         _tell(session, report, read)
+        for what in standing.unchecked:
+            say(f"Not looked at: {what}")
     return ExitCode.OK if report.ok else ExitCode.FATAL
 
 

@@ -6,6 +6,7 @@ and all of them, the log's `archived` events show.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +16,15 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from perdure.errors import PerdureError
+from perdure.errors import DatabaseIncompatible, PerdureError, StoreError
 from perdure.events import Archived, decode
+from perdure.store import defences
 from perdure.store.bulk import plain_rows
 from perdure.store.database import Database
 from perdure.store.rebuilding import compare
-from perdure.store.scanning import Progress, as_stored
+from perdure.store.scanning import UNREADABLE, Progress, as_stored
 from perdure.store.schema import events, streams, tasks
-from perdure.store.verification import VerifyReport, verify
+from perdure.store.verification import NOT_COMPARED, VerifyReport, verify
 
 __all__ = ["ArchiveCheck", "check_archive"]
 
@@ -69,7 +71,8 @@ def check_archive(
     archive = Database(file)
     archive.prepare(create=False, upgrade=False)
     with archive.snapshot() as inside:
-        own = verify(inside, progress=progress)
+        flaws = [str(flaw) for flaw in defences.look(archive, inside).flaws]
+        own = verify(inside, progress=progress, flaws=flaws)
         _verify_itself(inside, own)
         found.problems += own.problems
         last = 0
@@ -98,6 +101,9 @@ def _verify_itself(inside: Connection, own: VerifyReport) -> None:
         own.problem("it is no archive")
     try:
         differed = compare(inside).differed
+    except DatabaseIncompatible:
+        own.problem(NOT_COMPARED)
+        return
     except PerdureError as error:
         own.problem(str(error))
         return
@@ -180,5 +186,10 @@ def _notes(log: Connection, task_ids: list[str]) -> dict[str, Archived]:
         )
         .where(streams.c.task_id.in_(task_ids), events.c.type == Archived.type)
     )
-    notes = {row.task_id: decode(Archived.type, row.schema_version, row.data) for row in rows}
-    return {task_id: note for task_id, note in notes.items() if isinstance(note, Archived)}
+    notes: dict[str, Archived] = {}
+    for task_id, schema_version, data in rows:
+        with contextlib.suppress(StoreError, *UNREADABLE):  # what is wrong, the log's walk says
+            note = decode(Archived.type, schema_version, data)
+            if isinstance(note, Archived):
+                notes[task_id] = note
+    return notes

@@ -269,7 +269,13 @@ def _fold_in(folds: Mapping[int, TaskFold], rows: Iterable[tuple[Any, ...]]) -> 
         if piece is not None and fold.apply_text(*piece):
             continue
         known = _decode_again if type_ == Running.type else decode
-        _take(fold, known(type_, schema_version, data), moment)
+        try:
+            event = known(type_, schema_version, data)
+        except UNREADABLE as error:  # a schema version that is no number
+            raise DatabaseCorrupt(
+                f"{fold.task_id} version {version} is unreadable ({error}): run `perdure verify`"
+            ) from None
+        _take(fold, event, moment)
         if fold.version != version:
             raise DatabaseCorrupt(
                 f"{fold.task_id} version {version} should be version {fold.version}: "

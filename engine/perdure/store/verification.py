@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -24,7 +25,13 @@ from perdure.store.walking import (
 )
 from perdure.text import one_line
 
-__all__ = ["VerifyReport", "verify"]
+__all__ = ["NOT_COMPARED", "VerifyReport", "verify"]
+
+# Whether it was changed or is a newer perdure's, the walk has said.
+NOT_COMPARED: Final = (
+    "`tasks` can't be held against the log: an event in it is of a type or schema version "
+    "that this perdure doesn't know"
+)
 
 
 @dataclass(slots=True)
@@ -72,6 +79,7 @@ def verify(
     expect: tuple[int, str] | None = None,
     progress: Progress | None = None,
     helpers: Helpers = NO_HELP,
+    flaws: Iterable[str] = (),
 ) -> VerifyReport:
     """Walk the whole chain: every event, its place, its digest, and the ends of log and streams.
 
@@ -80,8 +88,11 @@ def verify(
         expect: A position and the digest that must stand there, noted down earlier.
         progress: Called with events read and events in all.
         helpers: Who walks as well.
+        flaws: Problems that were found before, and come first.
     """
     report = VerifyReport()
+    for flaw in flaws:
+        report.problem(flaw)
     head = _verify_head(connection, report)
     whole = _Whole(report)
     for stretch, walked in helpers.each(connection, walk, stretches(connection, expect)):
@@ -127,6 +138,8 @@ class _Whole:
         self._report = report
         self._digest = b""
         self._missing = 0
+        self._newer = 0
+        self._first_newer = ""
         self._tombstones: dict[tuple[str, int], str] = {}
 
     def take(self, walked: Walked) -> None:
@@ -139,6 +152,8 @@ class _Whole:
         for problem in walked.problems:
             report.problem(problem)
         self._missing += walked.missing
+        self._newer += walked.newer
+        self._first_newer = self._first_newer or walked.first_newer
         self.position, self._digest = walked.position, walked.digest
         for task_id, (position, version) in walked.firsts.items():
             expected = self.versions.get(task_id, 0) + 1
@@ -172,6 +187,11 @@ class _Whole:
             accounted, by = self._missing, "it is an archive itself, and says that it archived"
         if self._missing != accounted or (report.archive_of and report.archived):
             report.problem(f"{self._missing} events are missing in gaps; {by} {report.archived}")
+        if self._newer:  # once, for there may be millions of them, and nothing is wrong with any
+            more = f", as {self._newer - 1} more are" if self._newer > 1 else ""
+            report.problem(
+                f"{self._first_newer} was written by a newer perdure{more}: upgrade perdure"
+            )
         for task_id, version in self._tombstones:
             report.problem(f"{task_id} version {version}: content was removed without a redaction")
 

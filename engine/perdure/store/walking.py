@@ -93,6 +93,8 @@ class Walked:
         archived: How many events of theirs are in archives.
         missing: How many positions are in gaps.
         hidden: Whether the expected position is in a gap, and nothing vouches for its digest.
+        newer: How many events are as they were written, by a perdure newer than this one.
+        first_newer: What the first of them is.
         problems: What is wrong, a line each.
         versions: The version that each task's last event here has, by what is before it.
         firsts: The first event of each task that nothing here is before.
@@ -110,6 +112,8 @@ class Walked:
     archived: int = 0
     missing: int = 0
     hidden: bool = False
+    newer: int = 0
+    first_newer: str = ""
     problems: list[str] = field(default_factory=list[str])
     versions: dict[str, int] = field(default_factory=dict[str, int])
     firsts: dict[str, First] = field(default_factory=dict[str, First])
@@ -220,6 +224,17 @@ def _tail(type_: str, schema_version: int, at: object) -> str:
     return link_tail(type_, schema_version, micros_of(moment_of(at)))
 
 
+@lru_cache(maxsize=1024)  # as above
+def _known_tail(type_: str, schema_version: int, at: object) -> str:
+    """Return the tail; of what only a newer perdure can have written, one that fits no digest."""
+    return "" if _is_newer(type_, schema_version) else _tail(type_, schema_version, at)
+
+
+def _is_newer(type_: str, schema_version: int) -> bool:
+    model = EVENT_TYPES.get(type_)
+    return model is None or schema_version > model.schema_version
+
+
 def _where(row: _EventRow) -> str:
     """Say where an event stands."""
     return f"position {row[0]} ({row[8]} version {row[2]})"
@@ -266,7 +281,7 @@ class _Walk:
                 if not plain or position != place or position == expected or '"redacted":' in text:
                     return index
                 inner = sha256(text.encode()).digest()
-                tail = _tail(type_, schema, at)
+                tail = _known_tail(type_, schema, at)
                 if chain_link(digest, position, task_id, number, tail, inner) != kept:
                     return index
                 if number == 1 and not from_start:
@@ -301,18 +316,27 @@ class _Walk:
             walked.problem(f"{_where(row)}: version {version} was expected")
         if version == 1 and stream_id != position:
             walked.problem(f"{_where(row)}: its stream's key is {stream_id}")
-        if type_ not in EVENT_TYPES:
-            walked.problem(f"{_where(row)}: {type_!r} is no type of event")
         redacted = b'"redacted":' in data
         data_digest = self._original_digest(row, data) if redacted else sha256(data).digest()
         tail = _tail(type_, schema_version, at)
         digest = chain_link(previous, position, task_id, number, tail, data_digest)
         if digest != stored:
+            if type_ not in EVENT_TYPES:
+                walked.problem(f"{_where(row)}: {type_!r} is no type of event")
             walked.problem(f"{_where(row)}: the event, or what stands before it, was changed")
+        elif _is_newer(type_, schema_version):
+            self._note_newer(row)
+            return  # what it says, only that one knows
         if type_ == Submitted.type and _names_content(text):
             self._note_blobs(data)
         elif type_ == Redacted.type:
             self._accept_tombstones(row, data)
+
+    def _note_newer(self, row: _EventRow) -> None:
+        walked = self.walked
+        walked.newer += 1
+        if walked.newer == 1:
+            walked.first_newer = f"{_where(row)}: {row[3]!r} of schema version {row[4]}"
 
     def _first_version(self, row: _EventRow) -> int:
         """Return the version that a task's first event here has to have, as far as is known."""

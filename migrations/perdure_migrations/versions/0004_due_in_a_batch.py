@@ -26,7 +26,7 @@ def upgrade() -> None:
         sqlite_where=_CONDITION,
         postgresql_where=_CONDITION,
     )
-    compatible = sa.table("compatible", sa.column("revision"))
+    compatible = sa.table("compatible", sa.column("revision", sa.Text()))
     op.bulk_insert(compatible, [{"revision": revision}])
 
 
