@@ -13,13 +13,14 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, Final
 
 from perdure.adapter import Adapter, Call
+from perdure.checking import Checker
 from perdure.errors import (
     ConcurrencyError,
     EngineClosed,
@@ -47,6 +48,7 @@ from perdure.gathering import Gathering
 from perdure.lifecycle import TaskState
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption, cancelled
 from perdure.pricing import price
+from perdure.schemas import has_patterns
 from perdure.store.claims import Claimed
 from perdure.store.log import EventLog
 from perdure.store.transaction import Transaction
@@ -111,6 +113,7 @@ class Attempt:
         since: The log's head at the claim; no cancellation after it is missed.
         retry: What happens after an error.
         timing: How it is paced.
+        checker: Checks answers that take it long to check.
         chance: Random numbers from 0 to 1, for the waits between attempts.
     """
 
@@ -124,6 +127,7 @@ class Attempt:
         since: int,
         retry: RetryPolicy,
         timing: Timing,
+        checker: Checker,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.task_id = claimed.task_id
@@ -132,6 +136,7 @@ class Attempt:
         self._call = call
         self._retry = retry
         self._timing = timing
+        self._checker = checker
         self._chance = chance
         self._since = since
         self._state = claimed.state
@@ -153,6 +158,8 @@ class Attempt:
         # Done as soon as there is a reason to end: the platform's end or error, a stop, the time.
         self._turn: asyncio.Future[None] = self._loop.create_future()
         self._why: Stop | None = None
+        self._late: Stop | None = None  # as above, after the platform's end
+        self._hurry: asyncio.Event | None = None
         self._end_event: Completed | None = None
         self._error: BaseException | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -164,9 +171,13 @@ class Attempt:
 
     def stop(self, why: Stop) -> None:
         """Ask the attempt to end; the first reason counts."""
-        if self._why is None and not self._turn.done():
-            self._why = why
+        if not self._turn.done():
+            self._why = self._why or why
+        else:
+            self._late = self._late or why
         self._turn_to_the_end()
+        if self._hurry is not None:
+            self._hurry.set()
 
     def _turn_to_the_end(self) -> None:
         if not self._turn.done():
@@ -381,7 +392,11 @@ class Attempt:
             await self._close_quietly()
         if self._concluded:
             await self._conclude()
-        elif self._why is None:
+        else:
+            await self._break_off()
+
+    async def _break_off(self) -> None:
+        if self._why is None:
             limit = self._call.task.limits.timeout_seconds
             await self._fail(TimeLimitExceeded(f"the time limit of {limit:g} s was reached"))
         elif self._why is Stop.CANCEL:
@@ -418,6 +433,8 @@ class Attempt:
         accepted = self._accepted
         if accepted is None or not accepted.reattachable or accepted.response_id is None:
             return
+        if self._end_event is not None:  # it has ended by itself
+            return
         try:
             async with asyncio.timeout(self._timing.closing_seconds):
                 await self._adapter.stop(accepted.response_id)
@@ -430,7 +447,11 @@ class Attempt:
         end, error = self._end_event, self._error
         if end is not None:
             try:
-                self._check_answer(end)
+                await self._check_answer(end)
+            except _Unchecked:
+                self._usage = end.usage or self._usage
+                self._why = self._why or self._late
+                await self._break_off()
             except PlatformError as invalid:
                 self._usage = end.usage or self._usage
                 invalid.response_over = True  # the platform is done with it
@@ -445,7 +466,7 @@ class Attempt:
             _log.error("the adapter %r failed", self._adapter.platform, exc_info=error)
             await self._fail(_AdapterFault(error))
 
-    def _check_answer(self, end: Completed) -> None:
+    async def _check_answer(self, end: Completed) -> None:
         """Raise `OutputInvalid` where the task has a schema that the answer doesn't satisfy.
 
         What ended for another reason than being done is no answer to be checked, but for one that
@@ -459,7 +480,30 @@ class Attempt:
                 "the output was cut off at the most tokens allowed: raise max_tokens"
             )
         if end.finish_reason == "stop":
-            parse_output(self._gathered.text(), schema)
+            if has_patterns(schema):
+                await self._check_patterns(self._gathered.text(), schema)
+            else:
+                parse_output(self._gathered.text(), schema)
+
+    async def _check_patterns(self, text: str, schema: Mapping[str, Any]) -> None:
+        """Check in another process, unless there is a reason to stop before that is done."""
+        checking = self._loop.create_task(self._checker.check(text, schema))
+        self._hurry = asyncio.Event()
+        if self._why is not None or self._late is not None:
+            self._hurry.set()
+        hurrying = self._loop.create_task(self._hurry.wait())
+        try:
+            await asyncio.wait({checking, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+            # The answer is paid for, so it is given a little time even then.
+            await asyncio.wait({checking}, timeout=self._timing.closing_seconds)
+        finally:
+            in_time = checking.done()
+            hurrying.cancel()
+            checking.cancel()
+            await asyncio.wait({checking, hurrying})
+        if not in_time:
+            raise _Unchecked
+        checking.result()
 
     async def _complete(self, end: Completed) -> None:
         self._usage = end.usage or self._usage
@@ -557,6 +601,10 @@ def _check_storable(event: Event) -> None:
         raise FinalError(
             f"the adapter yielded {event.type!r} with something that can't be stored: {error}"
         ) from None
+
+
+class _Unchecked(Exception):
+    """There was no time left to check the answer."""
 
 
 class _AdapterFault(FinalError):

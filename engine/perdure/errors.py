@@ -269,7 +269,31 @@ class NotConfigured(FinalError):
 
 
 class OutputInvalid(FinalError):
-    """The answer does not satisfy the task's ``output_schema``, its repair included."""
+    """The answer does not satisfy the task's ``output_schema``, its repair included.
+
+    Attributes:
+        repairable: Whether another answer may help. It can't where the schema is at fault, so
+            that no answer can be checked against it, or not in any reasonable time.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+        response_over: bool = False,
+        repairable: bool = True,
+    ) -> None:
+        super().__init__(
+            message,
+            status=status,
+            request_id=request_id,
+            retry_after=retry_after,
+            response_over=response_over,
+        )
+        self.repairable = repairable
 
 
 class TimeLimitExceeded(FinalError):

@@ -78,7 +78,9 @@ def after_failure(
     message = clean_text(error.message) or error_class  # an error's text may hold anything
     request_id = None if error.request_id is None else clean_text(error.request_id)
     # The time limit is the task's, not the platform's: there is no time left on any other one.
-    last = state.platform == state.platforms[-1] or isinstance(error, TimeLimitExceeded)
+    # And so is the schema that nothing can be checked against.
+    no_help = isinstance(error, TimeLimitExceeded) or _beyond_repair(error)
+    last = state.platform == state.platforms[-1] or no_help
     following = _following(state, error, max_attempts, policy)
     if following == "fallback" and last:
         return Failed(
@@ -117,12 +119,18 @@ def _following(
 ) -> Literal["retry", "fallback", "reattach", "repair"]:
     if state.failures + 1 >= max_attempts:
         return "fallback"
+    if _beyond_repair(error):
+        return "fallback"
     if isinstance(error, OutputInvalid) and state.repairs < policy.max_repairs:
         return "repair"
     if not error.retryable:
         return "fallback"
     alive = state.accepted is not None and state.accepted.reattachable
     return "reattach" if alive and not error.response_over else "retry"
+
+
+def _beyond_repair(error: PlatformError) -> bool:
+    return isinstance(error, OutputInvalid) and not error.repairable
 
 
 def after_interruption(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from perdure.errors import OutputInvalid
+from perdure.schemas import has_patterns
 from perdure.store.records import Outcome, TaskRecord
-from perdure.structured import parse_output
+from perdure.structured import parse_output, read_output
 from perdure.task import Result, Task, TaskStatus
 from perdure.unchecked import unchecked
 
@@ -47,6 +48,10 @@ def _parsed(record: TaskRecord | Outcome, task: Task) -> Any:  # noqa: ANN401 - 
     if task.output_schema is None or record.output is None:
         return None
     try:
+        if record.finish_reason == "stop":  # then it was checked before it was completed
+            return read_output(record.output)
+        if has_patterns(task.output_schema):  # which may take for ever
+            return None
         return parse_output(record.output, task.output_schema)
     except OutputInvalid:  # it ended for another reason than being done, such as a refusal
         return None

@@ -12,7 +12,7 @@ from perdure.ids import generate_task_id
 from perdure.platforms import Platforms
 from perdure.store.content import digest_of, separate
 from perdure.store.transaction import Transaction
-from perdure.structured import check_schema
+from perdure.structured import check_schemas
 from perdure.task import Attachment, Task
 from perdure.unchecked import unchecked
 
@@ -64,8 +64,7 @@ def prepare(task: Task, platforms: Platforms, default_platform: str | None) -> P
     order = tuple(dict.fromkeys((platform, *task.fallbacks)))
     for name in order:
         platforms.check(name)
-    if task.output_schema is not None:
-        check_schema(task.output_schema)
+    check_schemas(task)
     content: dict[str, bytes] = {}
     files: list[Attachment] = []
     for file in task.files:

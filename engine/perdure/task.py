@@ -6,7 +6,7 @@ import difflib
 from datetime import datetime
 from enum import StrEnum
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -155,13 +155,25 @@ def describe_invalid(error: ValidationError, model: type[BaseModel]) -> str:
     )
 
 
+# Most of what is found fault with came as JSON, which knows no tuples and no dictionaries.
+_IN_JSON: Final = {
+    "dict_type": "should be an object",
+    "model_type": "should be an object",
+    "list_type": "should be a list",
+    "tuple_type": "should be a list",
+}
+
+
 def _describe_finding(finding: Any, model: type[BaseModel]) -> str:  # noqa: ANN401
-    where = one_line(".".join(str(part) for part in finding["loc"])) or "task"
+    whole = "constraints" if model is TaskConstraints else "task"
+    where = one_line(".".join(str(part) for part in finding["loc"])) or whole
     if finding["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(finding["loc"][-1]), model.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{where}: there is no such field{hint}"
-    what = str(finding["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    what = _IN_JSON.get(finding["type"]) or (
+        str(finding["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    )
     return f"{where}: {what}"
 
 

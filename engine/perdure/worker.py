@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from perdure.adapter import Call, LoadedFile, Resume
 from perdure.attempt import Attempt, Stop, Timing
+from perdure.checking import Checker
 from perdure.errors import (
     ConcurrencyError,
     EngineClosed,
@@ -96,6 +97,7 @@ class Worker:
         self._platforms = platforms
         self._running: dict[str, asyncio.Task[None]] = {}
         self._attempts: dict[str, Attempt] = {}
+        self._checker = Checker()
         self._wake = asyncio.Event()
         self._workers = 1  # alive, when last looked
         self._expires = math.inf  # when, by the loop's clock, the next lease is over if not renewed
@@ -200,6 +202,7 @@ class Worker:
     async def close(self) -> None:
         """Hand back what runs, and sign off."""
         await self.cancel_running()
+        await self._checker.close()
         if self._registered:
             self._registered = False
             with contextlib.suppress(StoreError, EngineClosed):
@@ -333,6 +336,7 @@ class Worker:
             since=head,
             retry=self.settings.retry,
             timing=self.settings.timing,
+            checker=self._checker,
         )
         self._attempts[claimed.task_id] = attempt
         if self._stop_all is not None:  # asked for while the task was being put together

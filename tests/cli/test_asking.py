@@ -48,7 +48,10 @@ def test_an_answer_that_does_not_fit(perdure: Perdure, schema: Path) -> None:
     [
         ("{", "is no JSON"),
         ('{"type": "objekt"}', "output_schema: is no JSON schema"),
-        ("[]", "output_schema: "),
+        ("[]", "output_schema: should be an object"),
+        ('{"$ref": "#/$defs/nope"}', "output_schema: the reference '#/$defs/nope' leads nowhere"),
+        ('{"items":' * 100 + "{}" + "}" * 100, "output_schema: is nested more than 64 levels deep"),
+        ('{"items":' * 3000 + "{}" + "}" * 3000, "is nested too deep"),
     ],
 )
 def test_no_schema(perdure: Perdure, schema: Path, database: Path, text: str, says: str) -> None:
@@ -59,6 +62,39 @@ def test_no_schema(perdure: Perdure, schema: Path, database: Path, text: str, sa
     assert says in done.err
     assert done.err.strip().count("\n") <= 1
     assert not database.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{}", "tools: should be a list"),
+        (
+            '[{"name": "f", "parameters": {"type": "nope"}}]',
+            "tools.0.parameters: is no JSON schema",
+        ),
+    ],
+)
+def test_no_tools(perdure: Perdure, schema: Path, text: str, says: str) -> None:
+    """What a platform would refuse, or misunderstand, is refused before it is asked."""
+    schema.write_text(text)
+    done = perdure("ask", "x", "-p", "demo", "--tools", schema)
+    assert (done.code, done.out) == (2, "")
+    assert says in done.err
+
+
+def test_rows_with_schemas_that_can_not_be(perdure: Perdure, tmp_path: Path) -> None:
+    """Each row says so for itself, and the others run."""
+    rows = tmp_path / "rows.jsonl"
+    deep = '{"items":' * 100 + "{}" + "}" * 100
+    rows.write_text(
+        '{"prompt": "x"}\n'
+        '{"prompt": "x", "output_schema": {"$ref": "#"}}\n'
+        f'{{"prompt": "x", "output_schema": {deep}}}\n'
+    )
+    done = perdure("run", rows, "-p", "demo")
+    assert "leads back to itself" in done.err
+    assert "line 3: output_schema: is nested more than 64 levels deep" in done.err
+    assert "1 completed" in done.err
 
 
 def test_a_schema_that_is_not_there(perdure: Perdure, tmp_path: Path) -> None:

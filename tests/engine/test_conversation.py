@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from perdure import (
     ToolCall,
     Usage,
 )
+from perdure.checking import Checker
 from perdure.policy import RetryPolicy
 from perdure.testing import Hold, ScriptedAdapter, Step
 
@@ -215,6 +219,82 @@ async def test_answers_that_are_none(
         task_id = await engine.submit_task(Task(prompt="?", output_schema=NUMBER))
         result = await engine.get_result(task_id, 30)
     assert (result.status, result.error_class, result.parsed) == (status, error_class, None)
+
+
+ENDLESS: dict[str, Any] = {"type": "string", "pattern": "(a+)+$"}
+
+
+class PatientChecker(Checker):
+    """Gives patterns all the time that they take, and says when it is asked for a check."""
+
+    def __init__(self) -> None:
+        super().__init__(seconds=600.0)
+        self.begun = asyncio.Event()
+
+    async def check(self, text: str, schema: Mapping[str, Any]) -> None:
+        """Check as ever."""
+        self.begun.set()
+        await super().check(text, schema)
+
+
+async def test_an_answer_on_which_a_pattern_takes_for_ever(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails and isn't handed back; what else there is to do is done meanwhile."""
+    monkeypatch.setattr("perdure.worker.Checker", partial(Checker, seconds=1.0))
+    bad = f'"{"a" * 40}!"'
+    adapter = ScriptedAdapter(
+        per_call=lambda call: [bad if call.task.prompt == "bad" else '"aa"', Completed()]
+    )
+    async with engine_on(db, adapter, concurrency=3) as engine:
+        stuck = await engine.submit_task(Task(prompt="bad", output_schema=ENDLESS))
+        waiting = asyncio.create_task(engine.get_result(stuck, 30))
+        good = await engine.submit_task(Task(prompt="good", output_schema=ENDLESS))
+        other = await engine.submit_task(Task(prompt="good"))
+        assert (await engine.get_result(other, 30)).success
+        assert (await engine.get_result(good, 30)).parsed == "aa"
+        result = await waiting
+    assert (result.status, result.error_class) == (TaskStatus.FAILED, "OutputInvalid")
+    assert result.error is not None
+    assert "the pattern '(a+)+$' takes too long on this output" in result.error
+    assert (result.attempts, result.partial_output) == (1, bad)
+    assert_sound(db)
+
+
+async def test_a_worker_that_closes_does_not_wait_for_a_pattern(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What isn't known to be valid by then is handed back, to be done later."""
+    checker = PatientChecker()
+    monkeypatch.setattr("perdure.worker.Checker", lambda: checker)
+    adapter = ScriptedAdapter(f'"{"a" * 40}!"', Completed())
+    timing = replace(FAST.timing, closing_seconds=0.1)
+    async with engine_on(db, adapter, timing=timing) as engine:
+        task_id = await engine.submit_task(Task(prompt="bad", output_schema=ENDLESS))
+        await checker.begun.wait()
+    assert query(db, "SELECT status FROM tasks") == [("pending",)]
+    assert stored_events(db, task_id)[-1][0] == "interrupted"
+    assert_sound(db)
+
+
+async def test_cancelling_does_not_wait_for_a_pattern(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer and its tokens are kept."""
+    checker = PatientChecker()
+    monkeypatch.setattr("perdure.worker.Checker", lambda: checker)
+    answer = f'"{"a" * 40}!"'
+    usage = Usage(input_tokens=3, output_tokens=2)
+    adapter = ScriptedAdapter(answer, Completed(usage=usage))
+    timing = replace(FAST.timing, closing_seconds=0.1)
+    async with engine_on(db, adapter, timing=timing) as engine:
+        task_id = await engine.submit_task(Task(prompt="bad", output_schema=ENDLESS))
+        await checker.begun.wait()
+        await engine.cancel_task(task_id)
+        result = await engine.get_result(task_id, 30)
+    assert (result.status, result.partial_output) == (TaskStatus.CANCELLED, answer)
+    assert result.tokens_used == 5
+    assert_sound(db)
 
 
 async def test_no_schema_is_refused_at_once(db: Path) -> None:

@@ -175,6 +175,11 @@ class TestAfterFailure:
         assert isinstance(elsewhere, AttemptFailed)
         assert elsewhere.next == "fallback"
 
+    def test_beyond_repair(self) -> None:
+        """Where the schema is at fault, neither the platform nor another one is asked again."""
+        event = fail(running(), OutputInvalid("it can't be checked", repairable=False))
+        assert isinstance(event, Failed)
+
     def test_no_attempts_left_for_a_repair(self) -> None:
         """A repair is an attempt, too."""
         event = fail(running(platform="beta"), OutputInvalid("no"), max_attempts=1)

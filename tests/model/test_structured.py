@@ -8,7 +8,8 @@ import pytest
 from pydantic import BaseModel
 
 from perdure import InvalidTask, OutputInvalid, Task
-from perdure.structured import check_schema, parse_output
+from perdure.schemas import check_schema
+from perdure.structured import check_schemas, parse_output
 
 CITY: dict[str, Any] = {
     "type": "object",
@@ -53,17 +54,22 @@ def test_an_invalid_answer(text: str, says: str) -> None:
     assert len(str(caught.value)) < 800
 
 
-def test_a_reference_is_never_fetched() -> None:
-    """A schema that refers to another place leads to an error, not to a download."""
-    with pytest.raises(OutputInvalid, match="can't be checked"):
-        parse_output("{}", {"$ref": "http://127.0.0.1:9/schema.json"})
+@pytest.mark.parametrize("reference", ["http://127.0.0.1:9/schema.json", "#", "#/$defs/nope"])
+def test_a_schema_that_was_let_in_by_an_earlier_version(reference: str) -> None:
+    """It is the schema that is wrong, so that no other answer is asked for."""
+    with pytest.raises(OutputInvalid, match="can't be checked: its schema") as caught:
+        parse_output("{}", {"$ref": reference})
+    assert not caught.value.repairable
 
 
-def test_no_schema() -> None:
-    """What is no JSON schema is refused where the task is handed in."""
-    with pytest.raises(InvalidTask, match=r"output_schema: is no JSON schema: .* \(at type\)"):
-        check_schema({"type": "objekt"})
-    check_schema(CITY)
+def test_no_schema_of_a_tool() -> None:
+    """A tool's arguments are described by a schema as well, which has to be one."""
+    task = Task(
+        prompt="?",
+        tools=[{"name": "f"}, {"name": "g", "parameters": {"type": "nope"}}],  # type: ignore[arg-type]
+    )
+    with pytest.raises(InvalidTask, match=r"tools\.1\.parameters: is no JSON schema"):
+        check_schemas(task)
 
 
 def test_a_model_stands_for_its_schema() -> None:
@@ -87,14 +93,10 @@ def test_tools_have_different_names() -> None:
         Task(prompt="?", tools=[{"name": "f"}, {"name": "f"}])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("schema", "output"),
-    [
-        ({"$ref": "#"}, "{}"),
-        ({"properties": {"a": {"$ref": "#"}}}, '{"a":' * 900 + "1" + "}" * 900),
-    ],
-)
-def test_what_has_no_bottom_is_an_invalid_output(schema: dict[str, Any], output: str) -> None:
-    """It is the model, or the schema, that is wrong there, and not the worker."""
-    with pytest.raises(OutputInvalid, match="nested too deep"):
-        parse_output(output, schema)
+def test_what_has_no_bottom_is_an_invalid_output() -> None:
+    """It is the model that is wrong there, and not the worker."""
+    schema = {"properties": {"a": {"$ref": "#"}}}
+    check_schema(schema)
+    with pytest.raises(OutputInvalid, match="nested too deep") as caught:
+        parse_output('{"a":' * 900 + "1" + "}" * 900, schema)
+    assert caught.value.repairable

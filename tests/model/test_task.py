@@ -202,7 +202,16 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [{"role": "user", "content": "y", "nmae": 1}]},
         "messages.0.nmae: there is no such field",
     ),
-    "constraints as a number": ({"prompt": "x", "constraints": 5}, "should be a valid dictionary"),
+    "constraints as a number": (
+        {"prompt": "x", "constraints": 5},
+        "constraints: should be an object",
+    ),
+    "tools as an object": ({"prompt": "x", "tools": {}}, "tools: should be a list"),
+    "a tool as a number": ({"prompt": "x", "tools": [1]}, "tools.0: should be an object"),
+    "a schema as a list": (
+        {"prompt": "x", "output_schema": []},
+        "output_schema: should be an object",
+    ),
     "misspelt constraint": (
         {"prompt": "x", "constraints": {"max_token": 5}},
         "max_token: there is no such field; did you mean 'max_tokens'?",

@@ -201,14 +201,12 @@ class TaskOptions:
             NotConfigured: The platform lacks something on this machine.
         """
         from perdure.platforms import Platforms
-        from perdure.structured import check_schema
+        from perdure.structured import check_schemas
         from perdure.task import Task, TaskConstraints
 
         TaskConstraints(**self.constraints())
         if self.schema is not None or self.tools is not None:
-            asked = Task(prompt="-", **self.task_fields())
-            if asked.output_schema is not None:
-                check_schema(asked.output_schema)
+            check_schemas(Task(prompt="-", **self.task_fields()))
         if self.platform is not None:
             platforms = Platforms.configured()
             platforms.check(self.platform)
@@ -242,6 +240,8 @@ def _json_file(path: Path | None, option: str) -> Any:  # noqa: ANN401 - what JS
         problem = f"can't read {path}: {error.strerror}"
     except ValueError as error:
         problem = f"{path} is no JSON: {error}"
+    except RecursionError:
+        problem = f"{path} is nested too deep"
     raise typer.BadParameter(problem, param_hint=option)
 
 

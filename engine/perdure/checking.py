@@ -1,0 +1,203 @@
+"""Checking outputs against schemas that have patterns, in processes of their own.
+
+A pattern can take longer than anybody lives on a text of forty characters, and Python's `re` can't
+be stopped meanwhile, nor does it let anything else run. A process can be ended. It is kept for the
+next output as long as it answers in time: starting one takes a hundred times as long as a check.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Mapping
+from typing import Any, Final
+
+from perdure.errors import OutputInvalid
+from perdure.schemas import patterns, short
+from perdure.structured import parse_output
+
+__all__ = ["Checker", "serve"]
+
+LIMIT_SECONDS: Final = 5.0
+# They work while they are checking, so more of them than processors would only slow each other.
+MOST_HELPERS: Final = max(1, min(4, os.cpu_count() or 1))
+START_SECONDS: Final = 30.0
+GOODBYE_SECONDS: Final = 1.0
+TRIES: Final = 2
+_READY: Final = b"ready\n"
+
+
+class Checker:
+    """Other processes that check outputs; they are started when they are needed.
+
+    Args:
+        seconds: How long one check may take.
+        most: How many may be done at the same time; the others wait for their turn.
+    """
+
+    def __init__(self, seconds: float = LIMIT_SECONDS, most: int = MOST_HELPERS) -> None:
+        self._seconds = seconds
+        self._turns = asyncio.Semaphore(most)
+        self._idle: list[_Helper] = []
+
+    async def check(self, text: str, schema: Mapping[str, Any]) -> None:
+        """Return if the text satisfies the schema.
+
+        Raises:
+            OutputInvalid: It doesn't, as `parse_output` says, or that can't be found out in time.
+        """
+        request = json.dumps((text, schema, self._seconds)).encode() + b"\n"
+        async with self._turns:
+            for again in range(TRIES):
+                helper = self._idle.pop() if self._idle and not again else await _Helper.start()
+                if helper is None:  # as where there is no interpreter to start
+                    parse_output(text, schema)
+                    return
+                try:
+                    problem = await self._ask(helper, request)
+                except TimeoutError:
+                    raise OutputInvalid(self._overdue(schema), repairable=False) from None
+                except (OSError, EOFError):  # somebody has ended it, the system for want of memory
+                    continue
+                if problem is not None:
+                    message, repairable = problem
+                    raise OutputInvalid(message, repairable=repairable)
+                return
+        raise OutputInvalid(
+            "the output can't be checked: the process that checks it was ended twice, as for want "
+            "of memory",
+            repairable=False,
+        )
+
+    async def _ask(self, helper: _Helper, request: bytes) -> tuple[str, bool] | None:
+        """Return what is wrong; a helper that has not answered is ended, whatever the reason."""
+        answered = False
+        try:
+            async with asyncio.timeout(self._seconds):
+                problem = await helper.ask(request)
+            answered = True
+        finally:
+            if answered:
+                self._idle.append(helper)
+            else:
+                await helper.end()
+        return problem
+
+    def _overdue(self, schema: Mapping[str, Any]) -> str:
+        first, *others = patterns(schema)
+        which = "one of the schema's patterns" if others else f"the pattern {short(first)!r}"
+        return (
+            f"the output can't be checked: {which} takes too long on this output (more than "
+            f"{self._seconds:g} s): write it without repetitions inside repetitions"
+        )
+
+    async def close(self) -> None:
+        """End those who wait for something to do."""
+        idle, self._idle = self._idle, []
+        for helper in idle:
+            helper.say_no_more()
+        for helper in idle:
+            await helper.end(GOODBYE_SECONDS)
+
+
+class _Helper:
+    """An interpreter of our own, which checks one output after the other."""
+
+    def __init__(self, process: Process) -> None:
+        assert process.stdin is not None  # noqa: S101 - for the type checkers
+        assert process.stdout is not None  # noqa: S101
+        self._process = process
+        self._to, self._from = process.stdin, process.stdout
+
+    @classmethod
+    async def start(cls) -> _Helper | None:
+        """Return one that is ready; None where that isn't possible here."""
+        if getattr(sys, "frozen", False) or not sys.executable:
+            return None
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"),
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # Ctrl-C is for whoever asked, who then ends it
+            )
+        except (OSError, NotImplementedError):  # no more processes; a loop that starts none
+            return None
+        helper = cls(process)
+        ready = False
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                ready = await helper._from.readline() == _READY
+        except TimeoutError:
+            pass
+        finally:
+            if not ready:
+                await helper.end()
+        return helper if ready else None
+
+    async def ask(self, request: bytes) -> tuple[str, bool] | None:
+        """Return what is wrong with an output and whether it can be repaired; None if nothing is.
+
+        Raises:
+            OSError: It is gone.
+            EOFError: As above.
+        """
+        self._to.write(request)
+        await self._to.drain()
+        answer = await self._from.readline()
+        if not answer.endswith(b"\n"):
+            raise EOFError("the helper is lost")
+        problem: list[Any] | None = json.loads(answer)
+        return None if problem is None else (str(problem[0]), bool(problem[1]))
+
+    def say_no_more(self) -> None:
+        """Let it end once it has nothing to do."""
+        self._to.close()
+
+    async def end(self, patience: float = 0.0) -> None:
+        """See to it that it has ended, after so many seconds at the latest."""
+        self._to.close()
+        if patience:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self._process.wait()
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        await self._from.read()  # only then the event loop lets go of the pipe
+        await self._process.wait()
+
+
+# -- in a helper -----------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Check what comes on standard input, until that ends, as it does when the asker is gone."""
+    asking, answering = sys.stdin.buffer, sys.stdout.buffer
+    _problem('""', {"pattern": ""})  # what there is to be imported is imported before the time runs
+    with contextlib.suppress(BrokenPipeError):
+        answering.write(_READY)
+        answering.flush()
+        for request in asking:
+            text, schema, seconds = json.loads(request)
+            # In the middle of a pattern it would not notice that the asker is gone.
+            faulthandler.dump_traceback_later(2 * seconds, exit=True)
+            problem = _problem(text, schema)
+            faulthandler.cancel_dump_traceback_later()
+            answering.write(json.dumps(problem).encode() + b"\n")
+            answering.flush()
+
+
+def _problem(text: str, schema: Mapping[str, Any]) -> tuple[str, bool] | None:
+    try:
+        parse_output(text, schema)
+    except OutputInvalid as invalid:
+        return invalid.message, invalid.repairable
+    return None
