@@ -54,7 +54,9 @@ async def test_checks_as_in_this_process() -> None:
 
 async def test_an_endless_check_is_ended() -> None:
     """Others are done meanwhile, and nothing is left of its process."""
-    checker = Checker(seconds=1.0, most=2)
+    checker = Checker(seconds=3.0, most=2)
+    # So that both processes are there: starting one may take longer than three seconds.
+    await asyncio.gather(checker.check('"aa"', BAD), checker.check('"aa"', BAD))
     endless = asyncio.create_task(checker.check(ENDLESS, BAD))
     await checker.check('"aa"', BAD)
     assert not endless.done()
