@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from perdure.errors import InvalidTask
+from perdure.schemas import short
 from perdure.text import check_json, check_text, clean_json, one_line
 
 __all__ = [
@@ -166,7 +167,7 @@ _IN_JSON: Final = {
 
 def _describe_finding(finding: Any, model: type[BaseModel]) -> str:  # noqa: ANN401
     whole = "constraints" if model is TaskConstraints else "task"
-    where = one_line(".".join(str(part) for part in finding["loc"])) or whole
+    where = short(one_line(".".join(str(part) for part in finding["loc"]))) or whole
     if finding["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(finding["loc"][-1]), model.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -90,6 +90,17 @@ class TestDoctor:
         assert findings(ended)["database"]["state"] == "note"
         assert not database.exists()
 
+    def test_a_default_platform_that_is_none(
+        self, story: Path, perdure: Perdure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All that names no platform itself would fail."""
+        config = tmp_path / "perdure.toml"
+        config.write_text('platform = "dmo"\n')
+        monkeypatch.setenv("PERDURE_CONFIG", str(config))
+        ended = perdure("doctor", "--json")
+        assert ended.code == 1
+        assert "did you mean 'demo'" in findings(ended)["default"]["value"]
+
     def test_named_and_not_there(self, perdure: Perdure, tmp_path: Path) -> None:
         """One that was named has to be there."""
         ended = perdure("doctor", "--json", "--db", tmp_path / "typo.db")

@@ -349,6 +349,8 @@ def test_ctrl_c_ends_a_run_that_waits_for_its_pipe(database: Path) -> None:
         program.send(signal.SIGINT)
         until(lambda: program.process.poll() is not None, "its end")
         assert program.process.returncode == 130
+        assert program.process.stderr is not None
+        assert "To go on: perdure run -" in program.process.stderr.read()
 
 
 def test_a_closed_pipe_ends_quietly(database: Path) -> None:

@@ -345,3 +345,10 @@ def test_an_attachment_names_its_content() -> None:
     """An attachment has the digest of its content, and nothing that is none."""
     with pytest.raises(ValidationError):
         Attachment(name="a.txt", media_type="text/plain", size=1, digest="no digest")
+
+
+def test_a_message_is_short_however_long_a_name_is() -> None:
+    """It stands on one line of a terminal, and in the results of a batch."""
+    with pytest.raises(InvalidTask) as refused:
+        Task(prompt="x", labels={"n" * 100_000: ""})
+    assert len(str(refused.value)) < 1000

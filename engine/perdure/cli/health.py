@@ -20,7 +20,8 @@ from perdure.cli.findings import LOG, Finding, State, of_defences, of_log
 from perdure.cli.session import Session
 from perdure.cli.tables import paint, tab_line, table
 from perdure.cli.terminal import is_terminal, one_line, show, show_json
-from perdure.errors import DatabaseIncompatible, PerdureError
+from perdure.config import load_config
+from perdure.errors import DatabaseIncompatible, InvalidConfig, PerdureError, UnknownPlatform
 from perdure.store.readonly import REVISION, Reader, on_server, path_of, refuse_missing
 from perdure.text import printable
 
@@ -61,6 +62,7 @@ def doctor(session: Session) -> int:
 
 def _examine(session: Session) -> Iterator[Finding]:
     yield from _versions()
+    yield from _default_platform()
     try:
         if on_server(session.url):
             from perdure.cli.serverhealth import examine_server
@@ -232,6 +234,20 @@ class Usable:
             *((kind in can.files, f"{kind} files") for kind in ("text", "image", "pdf")),
         )
         return [words for there, words in named if there]
+
+
+def _default_platform() -> Iterator[Finding]:
+    from perdure.platforms import Platforms
+
+    try:
+        named = load_config().platform
+        if named is not None:
+            Platforms.configured().check(named)
+    except UnknownPlatform as error:
+        hint = "`platform` in perdure.toml: name another one, or none"
+        yield Finding("default", "broken", str(error), hint)
+    except InvalidConfig:
+        return  # whoever needs it next says so
 
 
 def _each_platform() -> Iterator[Usable]:

@@ -123,7 +123,7 @@ class Summary:
             )
 
     def _how_to_go_on(self, session: Session) -> Iterator[str]:
-        if self.tally.left:
+        if self.tally.left or self.interrupted:  # rows may be left that weren't read yet
             yield f"To go on: {self.again}"
         if (self.tally.failed or self.tally.cancelled) and self.batch is not None:
             which = [f"--{name}" for name in ("failed", "cancelled") if getattr(self.tally, name)]
