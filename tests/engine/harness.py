@@ -97,6 +97,10 @@ def query(db: Database_, sql: str, *parameters: object) -> list[tuple[Any, ...]]
     connection = sqlite3.connect(f"{db.as_uri()}?mode=ro", uri=True, timeout=30)
     try:
         return connection.execute(sql, parameters).fetchall()
+    except sqlite3.OperationalError as error:
+        there = {found.name: found.stat().st_size for found in db.parent.iterdir()}
+        error.add_note(f"{error.sqlite_errorname}; beside it: {there}")
+        raise
     finally:
         connection.close()
 

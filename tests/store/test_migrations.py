@@ -24,6 +24,7 @@ from perdure.errors import DatabaseIncompatible, DatabaseUnavailable, StoreError
 from perdure.store import schema
 from perdure.store.database import Database
 from perdure.store.dialect import alembic_config
+from perdure.store.readonly import open_read_only
 from store.backends import opened
 
 
@@ -122,8 +123,33 @@ class TestTheSchema:
         assert database.path.read_bytes() == before
 
 
+# A process that dies in the middle of a transaction, before the file has its WAL.
+_DIES = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute(f"PRAGMA application_id = {sys.argv[2]}")
+connection.execute("PRAGMA cache_size = 1")
+connection.execute("BEGIN")
+connection.execute("CREATE TABLE half (done)")
+for _ in range(100):
+    connection.execute("INSERT INTO half VALUES (?)", ("x" * 500,))
+os._exit(9)
+"""
+
+
 class TestANewFile:
     """How a SQLite file is made, and how it is opened."""
+
+    def test_whoever_made_it_died(self, tmp_path: Path) -> None:
+        """What was done half is undone, and the file is made by whoever comes next."""
+        path = tmp_path / "a.db"
+        given = (str(path), str(schema.APPLICATION_ID))
+        subprocess.run([sys.executable, "-c", _DIES, *given], check=False)
+        assert path.with_name("a.db-journal").stat().st_size > 0
+        Database(path).prepare()
+        assert not path.with_name("a.db-journal").exists()
+        with closing(open_read_only(path)) as connection:
+            assert connection.execute("SELECT position FROM log_head").fetchone()[0] == 0
 
     def test_only_the_owner_can_read_it(self, tmp_path: Path) -> None:
         """It holds people's prompts: 0600, whatever the umask says; so do WAL and index."""

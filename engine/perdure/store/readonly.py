@@ -264,10 +264,25 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode=ro"
     try:
         return _prepared(uri)
-    except sqlite3.OperationalError:
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname == "SQLITE_READONLY_ROLLBACK":
+            _roll_back(path)
+            return _prepared(uri)
         if not immutable(path):
             raise
         return _prepared(f"{uri}&immutable=1")
+
+
+def _roll_back(path: Path) -> None:
+    """Undo what a process left half done that died before the file had its WAL.
+
+    SQLite does so by itself wherever it may write, and nobody could read before.
+    """
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
+    finally:
+        connection.close()
 
 
 def immutable(path: Path) -> bool:
