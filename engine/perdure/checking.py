@@ -61,17 +61,17 @@ class Checker:
                 try:
                     problem = await self._ask(helper, request)
                 except TimeoutError:
-                    raise OutputInvalid(self._overdue(schema), repairable=False) from None
+                    raise OutputInvalid.beyond_repair(self._overdue(schema)) from None
                 except (OSError, EOFError):  # somebody has ended it, the system for want of memory
                     continue
                 if problem is not None:
                     message, repairable = problem
-                    raise OutputInvalid(message, repairable=repairable)
+                    failed = OutputInvalid if repairable else OutputInvalid.beyond_repair
+                    raise failed(message)
                 return
-        raise OutputInvalid(
+        raise OutputInvalid.beyond_repair(
             "the output can't be checked: the process that checks it was ended twice, as for want "
-            "of memory",
-            repairable=False,
+            "of memory"
         )
 
     async def _ask(self, helper: _Helper, request: bytes) -> tuple[str, bool] | None:

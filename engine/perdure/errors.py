@@ -39,7 +39,7 @@ Messages are one line each and say what happened, to what, and what to do about 
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import Any, Self
 
 from perdure.text import clean_text
 
@@ -276,24 +276,14 @@ class OutputInvalid(FinalError):
             that no answer can be checked against it, or not in any reasonable time.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        request_id: str | None = None,
-        retry_after: float | None = None,
-        response_over: bool = False,
-        repairable: bool = True,
-    ) -> None:
-        super().__init__(
-            message,
-            status=status,
-            request_id=request_id,
-            retry_after=retry_after,
-            response_over=response_over,
-        )
-        self.repairable = repairable
+    repairable: bool = True
+
+    @classmethod
+    def beyond_repair(cls, message: str) -> Self:
+        """Return one that no other answer can help."""
+        error = cls(message)
+        error.repairable = False
+        return error
 
 
 class TimeLimitExceeded(FinalError):

@@ -54,14 +54,14 @@ def parse_output(text: str, schema: Mapping[str, Any]) -> Any:  # noqa: ANN401 -
         found = validator(schema).iter_errors(value)
         problem = cast("ValidationError | None", exceptions.best_match(found))  # pyright: ignore[reportUnknownMemberType] - the stubs leave it out
     except UnusableSchema as error:  # of a task that was handed in to an earlier perdure
-        raise OutputInvalid(
-            f"the output can't be checked: its schema {error}", repairable=False
+        raise OutputInvalid.beyond_repair(
+            f"the output can't be checked: its schema {error}"
         ) from None
     except RecursionError:  # hundreds of levels
         raise OutputInvalid("the output can't be checked: it is nested too deep") from None
     except Exception as error:  # noqa: BLE001 - what the schema makes the library trip over
         what = short(f"{type(error).__name__}: {error}")
-        raise OutputInvalid(f"the output can't be checked: {what}", repairable=False) from None
+        raise OutputInvalid.beyond_repair(f"the output can't be checked: {what}") from None
     if problem is not None:
         raise OutputInvalid(
             f"the output does not satisfy the schema: {short(problem.message)} "

@@ -177,7 +177,7 @@ class TestAfterFailure:
 
     def test_beyond_repair(self) -> None:
         """Where the schema is at fault, neither the platform nor another one is asked again."""
-        event = fail(running(), OutputInvalid("it can't be checked", repairable=False))
+        event = fail(running(), OutputInvalid.beyond_repair("it can't be checked"))
         assert isinstance(event, Failed)
 
     def test_no_attempts_left_for_a_repair(self) -> None:
