@@ -18,6 +18,7 @@ from perdure.attempt import Stop
 from perdure.config import load_config
 from perdure.conversation import go_on
 from perdure.errors import (
+    EngineClosed,
     InvalidTask,
     InvalidTransition,
     PerdureError,
@@ -27,7 +28,7 @@ from perdure.errors import (
 )
 from perdure.events import Archived, Cancelled, CancelRequested, Chunk, RecordedEvent, Running
 from perdure.lifecycle import TaskState
-from perdure.platforms import Platforms
+from perdure.platforms import Platforms, check_adapters
 from perdure.results import make_result
 from perdure.store.archive import ArchiveReport, Stages, archive
 from perdure.store.begun import Ended
@@ -45,7 +46,7 @@ from perdure.store.records import (
 from perdure.store.redaction import redact
 from perdure.store.transaction import Transaction
 from perdure.streaming import TextChunk
-from perdure.submission import Prepared, Submission, prepare, submit
+from perdure.submission import Prepared, Submission, check_is_task, prepare, submit
 from perdure.task import Result, Task, TaskStatus
 from perdure.worker import Worker, WorkerSettings
 
@@ -95,7 +96,7 @@ class Engine:
         self._create = create
         self._default_platform = default_platform
         self._working: asyncio.Task[None] | None = None
-        self._entered = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     @classmethod
@@ -125,15 +126,18 @@ class Engine:
                 ``adapters``, or what `perdure.toml` says.
 
         Raises:
-            InvalidConfig: `perdure.toml` can't be read.
+            InvalidConfig: `perdure.toml` can't be read, or ``adapters`` aren't what they should be.
+            DatabaseIncompatible: ``url`` names no database that perdure can use.
         """
         settings_of: Mapping[str, Mapping[str, Any]] = {}
         if adapters is None:
             config = load_config()
             settings_of = config.platforms
             default_platform = default_platform or config.platform
-        elif default_platform is None and adapters:
-            default_platform = adapters[0].platform
+        else:
+            check_adapters(adapters)
+            if default_platform is None and adapters:
+                default_platform = adapters[0].platform
         engine = cls(
             Database(url if url is not None else default_database()),
             Platforms(adapters, settings_of),
@@ -156,11 +160,11 @@ class Engine:
             PerdureError: It was entered before, and leaving it twice would close it too early.
             StoreError: The database can't be used.
         """
-        if self._entered:
+        if self._loop is not None:
             raise PerdureError("an engine can be entered only once: open another one")
         await asyncio.to_thread(self.database.prepare, create=self._create)
         await self.log.open()
-        self._entered = True
+        self._loop = asyncio.get_running_loop()
         if self._run:
             self.start_running()
         return self
@@ -203,6 +207,23 @@ class Engine:
         await self.log.close()
         await self.database.close()
 
+    def _require_open(self) -> None:
+        """Raise unless the engine can be used here and now.
+
+        Raises:
+            EngineClosed: It wasn't entered yet, or was closed.
+            PerdureError: It was entered in another event loop.
+        """
+        if self._closed:
+            raise EngineClosed("the engine was closed: open another one")
+        if self._loop is None:
+            raise EngineClosed("the engine wasn't entered yet: use it by `async with`")
+        if self._loop is not asyncio.get_running_loop():
+            raise PerdureError(
+                "the engine was entered in another event loop: open one here, or hand the call "
+                "over by asyncio.run_coroutine_threadsafe"
+            )
+
     # -- the five lifecycle methods --------------------------------------------------------------
 
     async def submit_task(self, task: Task) -> str:
@@ -224,11 +245,13 @@ class Engine:
 
         A task that can't be accepted doesn't stop the others: its outcome is the error.
         """
+        self._require_open()
         outcomes: list[Submission | PerdureError | None] = []
         ready: list[Prepared] = []
         for given in tasks:
             task = given
             try:
+                check_is_task(task)
                 # One that is run again was given its conversation the first time.
                 if task.continue_from is not None and task.retry_of is None:
                     task = await self._continued(task, task.continue_from)
@@ -267,6 +290,7 @@ class Engine:
 
     async def get_status(self, task_id: str) -> TaskStatus:
         """Return where a task stands; `TaskStatus.UNKNOWN` where there is no such task."""
+        self._require_open()
         return await self._records.status(task_id)
 
     async def get_result(self, task_id: str, timeout: float | None = None) -> Result:
@@ -281,6 +305,7 @@ class Engine:
             TaskArchived: Its content is in an archive.
             TimeoutError: It hasn't ended in that time.
         """
+        self._require_open()
         at_hand: Ended | None = None
         ending = self.log.feed.ending(task_id)
         try:
@@ -335,6 +360,7 @@ class Engine:
             TaskNotFound: There is no such task.
             TaskArchived: They are in an archive.
         """
+        self._require_open()
         known = self.log.feed.knows_open(task_id)
         if not known and await self._records.status(task_id) is TaskStatus.UNKNOWN:
             raise TaskNotFound(task_id)
@@ -351,6 +377,7 @@ class Engine:
             one ends as soon as its owner sees it, unless the platform finished first. False, and
             nothing is written, when it had ended, was being cancelled already, or doesn't exist.
         """
+        self._require_open()
         by = by or whoami()
         left: list[tuple[str, str]] = []
 
@@ -385,6 +412,7 @@ class Engine:
         Raises:
             TaskNotFound: There is no such task.
         """
+        self._require_open()
         record = await self._records.find(task_id)
         if record is None:
             raise TaskNotFound(task_id)
@@ -394,6 +422,7 @@ class Engine:
         self, which: TaskFilter | None = None, *, limit: int | None = 100
     ) -> list[TaskRecord]:
         """Return tasks, the newest first."""
+        self._require_open()
         return await find_tasks(self.database, which or TaskFilter(), limit=limit)
 
     async def get_events(self, task_id: str) -> list[RecordedEvent]:
@@ -403,6 +432,7 @@ class Engine:
             TaskNotFound: There is no such task.
             TaskArchived: They are in an archive.
         """
+        self._require_open()
         found = await read_events(self.database, task_id)
         if not found:
             raise TaskNotFound(task_id)
@@ -417,6 +447,7 @@ class Engine:
             TaskNotFound: There is no such task.
             TaskArchived: It is in an archive.
         """
+        self._require_open()
         return await self._records.task(task_id)
 
     # -- once more, and no more ------------------------------------------------------------------

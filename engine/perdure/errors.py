@@ -4,11 +4,11 @@
 
     PerdureError
     ├── InvalidTask              a task, row or option that can't be accepted as it is
-    ├── InvalidConfig            `perdure.toml` can't be read, or says what perdure doesn't know
+    ├── InvalidConfig            `perdure.toml`, the environment or an argument can't be followed
     ├── TaskNotFound             no such task in this database
     ├── TaskArchived             the task's content was moved into an archive
     ├── UnknownPlatform          no adapter of that name is installed
-    ├── EngineClosed             the engine was closed while it was asked for something
+    ├── EngineClosed             the engine is not open: not entered yet, or closed meanwhile
     ├── RunningLoop              a blocking call was made from inside an event loop
     ├── InvalidTransition        an event that can't follow what is already in the log
     ├── ConcurrencyError         someone else wrote to the stream first
@@ -96,7 +96,7 @@ class InvalidTask(PerdureError):
 
 
 class InvalidConfig(PerdureError):
-    """`perdure.toml` can't be read, or says what perdure doesn't know."""
+    """`perdure.toml`, the environment or what an engine is opened with can't be followed."""
 
 
 class TaskNotFound(PerdureError):
@@ -129,7 +129,7 @@ class UnknownPlatform(PerdureError):
 
 
 class EngineClosed(PerdureError):
-    """The engine or its log was closed, so it can't do what it was asked for."""
+    """The engine or its log is not open, so it can't do what it was asked for."""
 
 
 class RunningLoop(PerdureError):

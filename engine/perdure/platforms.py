@@ -7,7 +7,7 @@ import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 from perdure.adapter import Adapter
 from perdure.config import load_config
@@ -19,7 +19,7 @@ from perdure.errors import (
     UnknownPlatform,
 )
 
-__all__ = ["GROUP", "Platforms"]
+__all__ = ["GROUP", "Platforms", "check_adapters"]
 
 GROUP = "perdure.platforms"
 CLOSING_SECONDS: Final = 10.0
@@ -124,6 +124,32 @@ class Platforms:
                     await adapter.close()
             except Exception as error:  # noqa: BLE001 - the rest is to be closed too
                 _log.warning("the platform %r could not be closed: %r", name, error)
+
+
+def check_adapters(given: object) -> None:
+    """Raise unless these can be the adapters of an engine.
+
+    Raises:
+        InvalidConfig: They are no sequence of adapters, or two of them are for one platform.
+    """
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise InvalidConfig("adapters: give a list of adapters, as in [ClaudeAdapter()]")
+    taken: set[str] = set()
+    for adapter in cast("Sequence[object]", given):
+        if isinstance(adapter, type):
+            raise InvalidConfig(
+                f"adapters: {adapter.__name__} is a class: give an instance, {adapter.__name__}()"
+            )
+        if not isinstance(adapter, Adapter):
+            raise InvalidConfig(
+                f"adapters: {adapter!r:.80} is no adapter: give instances, as in [ClaudeAdapter()]"
+            )
+        if adapter.platform in taken:
+            raise InvalidConfig(
+                f"adapters: two of them are for the platform {adapter.platform!r}: name one of "
+                "them otherwise by its argument `platform`"
+            )
+        taken.add(adapter.platform)
 
 
 def _kind(name: str, settings: Mapping[str, Any], found: Mapping[str, EntryPoint]) -> EntryPoint:

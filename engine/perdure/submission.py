@@ -16,7 +16,7 @@ from perdure.structured import check_schemas
 from perdure.task import Attachment, Task
 from perdure.unchecked import unchecked
 
-__all__ = ["Prepared", "Submission", "prepare", "submit"]
+__all__ = ["Prepared", "Submission", "check_is_task", "prepare", "submit"]
 
 MAX_FILE: Final = 32 * 2**20
 
@@ -49,6 +49,15 @@ class Submission(NamedTuple):
 
     task_id: str
     new: bool
+
+
+def check_is_task(given: object) -> None:
+    """Raise `InvalidTask` unless this is a task."""
+    if not isinstance(given, Task):
+        raise InvalidTask(
+            f"a task must be a perdure.Task, and this is of the type {type(given).__name__!r}: "
+            'make one, as in Task(prompt="…")'
+        )
 
 
 def prepare(task: Task, platforms: Platforms, default_platform: str | None) -> Prepared:

@@ -41,6 +41,7 @@ from perdure import (
     EngineClosed,
     Event,
     FileCreated,
+    InvalidConfig,
     InvalidTask,
     Message,
     Overloaded,
@@ -1217,8 +1218,67 @@ async def test_a_closed_engine_takes_nothing(db: Path) -> None:
         await engine.cancel_task(task_id)
     with pytest.raises(EngineClosed):
         await engine.get_result(task_id, 30)
-    await engine.database.close()
+    with pytest.raises(EngineClosed):
+        await anext(engine.stream_result(task_id))
     await engine.close()
+
+
+async def test_an_engine_that_was_not_entered_says_so(db: Path) -> None:
+    """It tells how to use it, and not what the database lacks."""
+    engine = engine_on(db)
+    with pytest.raises(EngineClosed, match="async with"):
+        await engine.submit_task(ASK)
+    with pytest.raises(EngineClosed, match="async with"):
+        await engine.get_status("demo_20260101_00000000")
+
+
+async def test_an_engine_belongs_to_one_event_loop(db: Path) -> None:
+    """From another one it refuses, and goes on working in its own."""
+    async with engine_on(db, ScriptedAdapter(Completed())) as engine:
+        task_id = await engine.submit_task(ASK)
+        calls: list[Callable[[], Any]] = [
+            lambda: engine.submit_task(ASK),
+            lambda: engine.get_status(task_id),
+            lambda: engine.get_result(task_id, 30),
+            lambda: anext(engine.stream_result(task_id)),
+            lambda: engine.cancel_task(task_id),
+        ]
+        for call in calls:
+            with pytest.raises(perdure.PerdureError, match="another event loop"):
+                await asyncio.to_thread(lambda: asyncio.run(_awaited(call)))  # noqa: B023
+        await engine.get_result(await engine.submit_task(ASK), 30)
+    assert query(db, "SELECT count(*) FROM tasks") == [(2,)]
+
+
+async def _awaited(call: Callable[[], Any]) -> Any:
+    return await call()
+
+
+@pytest.mark.parametrize("given", [None, "Say hello.", {"prompt": "Say hello."}, Task])
+async def test_what_is_no_task_is_refused(db: Path, given: Any) -> None:
+    """One line says what to make of it; the others are taken."""
+    async with engine_on(db, run=False) as engine:
+        with pytest.raises(InvalidTask, match=r"must be a perdure\.Task"):
+            await engine.submit_task(given)
+        outcomes = await engine.submit_tasks([given, ASK])
+        assert [type(outcome) for outcome in outcomes] == [InvalidTask, Submission]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("demo", "give a list"),
+        (DemoAdapter(), "give a list"),
+        (["demo"], "'demo' is no adapter"),
+        ([None], "None is no adapter"),
+        ([DemoAdapter], r"give an instance, DemoAdapter\(\)"),
+        ([ScriptedAdapter(), ScriptedAdapter()], "two of them are for the platform"),
+    ],
+)
+def test_what_are_no_adapters_is_refused(db: Path, given: Any, said: str) -> None:
+    """Before anything is opened."""
+    with pytest.raises(InvalidConfig, match=said):
+        Engine.open(db, adapters=given)
 
 
 async def test_readers_are_told_when_the_engine_closes(db: Path) -> None:

@@ -34,7 +34,6 @@ from perdure import (
     Overloaded,
     Submission,
     Task,
-    TaskStatus,
     collect_stream,
 )
 from perdure.store import feed
@@ -391,21 +390,18 @@ async def test_nobody_sees_what_is_not_in_the_log(
 
 
 async def test_readers_of_a_closed_engine_end(db: Path) -> None:
-    """Reading what has ended still works when the engine is gone; waiting doesn't hang."""
+    """Nobody is left waiting, and nobody opens connections that nothing would close."""
     hold = Hold()
-    adapter = ScriptedAdapter(
-        per_call=lambda call: ["x", *([hold] if call.task.prompt == "hold" else []), Completed()]
-    )
-    async with engine_on(db, adapter) as engine:
-        done = await engine.submit_task(ASK)
-        await engine.get_result(done)
-        held = await engine.submit_task(Task(prompt="hold"))
+    async with engine_on(db, ScriptedAdapter("x", hold, Completed())) as engine:
+        held = await engine.submit_task(ASK)
         await hold.reached.wait()
-    assert await collect_stream(engine.stream_result(done), 10) == "x"
+        reading = asyncio.create_task(collect_stream(engine.stream_result(held), 60))
+        await eventually(lambda: count_events(db, "chunk"))
     with pytest.raises(EngineClosed):
-        await collect_stream(engine.stream_result(held), 10)
-    assert await engine.get_status(held) is TaskStatus.PENDING
-    await engine.database.close()
+        await reading
+    for late in (engine.get_status(held), collect_stream(engine.stream_result(held), 60)):
+        with pytest.raises(EngineClosed):
+            await late
 
 
 async def test_a_reader_that_is_slow_does_not_hold_up_the_task(db: Path) -> None:
