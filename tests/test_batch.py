@@ -114,6 +114,8 @@ def test_marks_and_line_ends_are_no_content() -> None:
         (b'{"prompt": "\x00"}', "is not JSON"),
         (b"\x00\x00\x00", "is not JSON"),
         (b"[" * 5000, "is not JSON"),
+        (b'{"prompt": "a", "prompt": "b"}', "gives 'prompt' twice"),
+        (b'\xef\xbb\xbf{"a": NaN, "a": {"b": 1}}', "gives 'a' twice"),
     ],
 )
 def test_a_bad_line_is_one_bad_row(line: bytes, problem: str) -> None:
@@ -122,6 +124,20 @@ def test_a_bad_line_is_one_bad_row(line: bytes, problem: str) -> None:
     assert (good.error, after.error) == (None, None)
     assert bad.line == 2
     assert problem in (bad.error or "")
+
+
+def test_what_is_nested_too_deep_is_left_to_the_task() -> None:
+    """Looking for names that come twice doesn't fail before the task's own check can."""
+    deep = b'{"a": ' * 990 + b"1" + b"}" * 990
+    (row,) = read(deep)
+    assert row.error is None
+
+
+def test_a_name_may_come_again_inside() -> None:
+    """In a value, or quoted, it is no second field."""
+    line = rb'{"prompt": "\"prompt\":", "metadata": {"prompt": "prompt", "tags": ["metadata"]}}'
+    (row,) = read(line)
+    assert (row.error, row.fields["prompt"]) == (None, '"prompt":')
 
 
 def test_csv_rows_have_the_number_of_their_first_line() -> None:

@@ -10,9 +10,10 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 import orjson
 
@@ -133,21 +134,39 @@ def _json_rows(stream: BinaryIO) -> Iterator[RawRow]:
             if text:
                 yield _json_row(number, text)
         else:
-            yield _row_of(number, value, len(line))
+            yield _row_of(number, value, line)
 
 
 def _json_row(number: int, text: bytes) -> RawRow:
     try:
-        return _row_of(number, _parse(text), len(text))
+        return _row_of(number, _parse(text), text)
     except _Unreadable as error:
         return RawRow(number, {}, str(error))
 
 
-def _row_of(number: int, value: Any, size: int) -> RawRow:  # noqa: ANN401 - whatever JSON holds
+def _row_of(number: int, value: Any, text: bytes) -> RawRow:  # noqa: ANN401 - whatever JSON holds
     if not isinstance(value, dict):
         kind = "an array" if isinstance(value, list) else "no object"
         return RawRow(number, {}, f'is {kind}; a row is an object such as {{"prompt": "…"}}')
-    return RawRow(number, value, None, size)  # pyright: ignore[reportUnknownArgumentType]
+    fields = cast("dict[str, Any]", value)
+    # Only what may be there twice is read again by the parser that tells; it is the slower one.
+    if any(text.count(b'"%b"' % name.encode(errors="surrogatepass")) > 1 for name in fields):
+        twice = _given_twice(text)
+        if twice is not None:
+            return RawRow(number, {}, f"gives {twice[:40]!a} twice")
+    return RawRow(number, fields, None, len(text))
+
+
+def _given_twice(text: bytes) -> str | None:
+    """Return a name that the object in ``text`` itself, and none inside it, gives twice."""
+    names: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        names[:] = [name for name, _value in pairs]  # the outermost object ends last
+
+    with suppress(RecursionError):  # so deep that it is refused anyway
+        json.loads(text, object_pairs_hook=note)
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 class _Unreadable(Exception):
