@@ -13,14 +13,14 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, Final
 
 from perdure.adapter import Adapter, Call
-from perdure.checking import Checker
+from perdure.checking import Checker, Unchecked
 from perdure.errors import (
     ConcurrencyError,
     EngineClosed,
@@ -68,6 +68,7 @@ class Stop(Enum):
     CANCEL = "cancelled"
     LOST = "lost to another worker"
     HAND_BACK = "handed back"
+    TIME_LIMIT = "the time limit was reached"
     BROKEN = "the log can't be written"
 
 
@@ -157,9 +158,7 @@ class Attempt:
         self._loop = asyncio.get_running_loop()
         # Done as soon as there is a reason to end: the platform's end or error, a stop, the time.
         self._turn: asyncio.Future[None] = self._loop.create_future()
-        self._why: Stop | None = None
-        self._late: Stop | None = None  # as above, after the platform's end
-        self._hurry: asyncio.Event | None = None
+        self._stopped: asyncio.Future[Stop] = self._loop.create_future()
         self._end_event: Completed | None = None
         self._error: BaseException | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -171,13 +170,9 @@ class Attempt:
 
     def stop(self, why: Stop) -> None:
         """Ask the attempt to end; the first reason counts."""
-        if not self._turn.done():
-            self._why = self._why or why
-        else:
-            self._late = self._late or why
+        if not self._stopped.done():
+            self._stopped.set_result(why)
         self._turn_to_the_end()
-        if self._hurry is not None:
-            self._hurry.set()
 
     def _turn_to_the_end(self) -> None:
         if not self._turn.done():
@@ -191,14 +186,16 @@ class Attempt:
         """
         self._log.feed.listen(self.task_id, self._notice, since=self._since)
         limit = self._call.task.limits.timeout_seconds
-        timer = self._loop.call_later(limit, self._turn_to_the_end)
+        timer = self._loop.call_later(limit, self.stop, Stop.TIME_LIMIT)
         if not self._turn.done():  # else it ends before it began: the platform isn't even asked
             self._reading = self._loop.create_task(self._read())
         try:
-            await self._turn
+            try:
+                await self._turn
+            finally:
+                timer.cancel()  # it is the platform's time
             await self._finish()
         finally:
-            timer.cancel()
             self._log.feed.stop_listening(self.task_id, self._notice)
             await self._close_quietly()
             await self._stop_writing()
@@ -396,16 +393,19 @@ class Attempt:
             await self._break_off()
 
     async def _break_off(self) -> None:
-        if self._why is None:
-            limit = self._call.task.limits.timeout_seconds
-            await self._fail(TimeLimitExceeded(f"the time limit of {limit:g} s was reached"))
-        elif self._why is Stop.CANCEL:
-            await self._stop_platform()
-            await self._end(
-                lambda state: (cancelled(state, self._spent(), self._gathered.length()),)
-            )
-        elif self._why is Stop.HAND_BACK:
-            await self._hand_back()
+        match self._stopped.result():
+            case Stop.TIME_LIMIT:
+                limit = self._call.task.limits.timeout_seconds
+                await self._fail(TimeLimitExceeded(f"the time limit of {limit:g} s was reached"))
+            case Stop.CANCEL:
+                await self._stop_platform()
+                await self._end(
+                    lambda state: (cancelled(state, self._spent(), self._gathered.length()),)
+                )
+            case Stop.HAND_BACK:
+                await self._hand_back()
+            case Stop.LOST | Stop.BROKEN:
+                pass  # there is nothing left that could be written
 
     @property
     def _concluded(self) -> bool:
@@ -448,10 +448,11 @@ class Attempt:
         if end is not None:
             try:
                 await self._check_answer(end)
-            except _Unchecked:
+            except Unchecked:
                 self._usage = end.usage or self._usage
-                self._why = self._why or self._late
                 await self._break_off()
+            except (StoreError, EngineClosed) as failure:
+                self._failure = failure
             except PlatformError as invalid:
                 self._usage = end.usage or self._usage
                 invalid.response_over = True  # the platform is done with it
@@ -467,10 +468,15 @@ class Attempt:
             await self._fail(_AdapterFault(error))
 
     async def _check_answer(self, end: Completed) -> None:
-        """Raise `OutputInvalid` where the task has a schema that the answer doesn't satisfy.
+        """Return if the answer satisfies the task's schema, where that has one.
 
         What ended for another reason than being done is no answer to be checked, but for one that
         was cut off: it is never valid, though it may be JSON by accident.
+
+        Raises:
+            OutputInvalid: It doesn't.
+            Unchecked: There was no time left to find out.
+            StoreError: The log can't be written.
         """
         schema = self._call.task.output_schema
         if schema is None:
@@ -480,30 +486,14 @@ class Attempt:
                 "the output was cut off at the most tokens allowed: raise max_tokens"
             )
         if end.finish_reason == "stop":
-            if has_patterns(schema):
-                await self._check_patterns(self._gathered.text(), schema)
-            else:
-                parse_output(self._gathered.text(), schema)
-
-    async def _check_patterns(self, text: str, schema: Mapping[str, Any]) -> None:
-        """Check in another process, unless there is a reason to stop before that is done."""
-        checking = self._loop.create_task(self._checker.check(text, schema))
-        self._hurry = asyncio.Event()
-        if self._why is not None or self._late is not None:
-            self._hurry.set()
-        hurrying = self._loop.create_task(self._hurry.wait())
-        try:
-            await asyncio.wait({checking, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-            # The answer is paid for, so it is given a little time even then.
-            await asyncio.wait({checking}, timeout=self._timing.closing_seconds)
-        finally:
-            in_time = checking.done()
-            hurrying.cancel()
-            checking.cancel()
-            await asyncio.wait({checking, hurrying})
-        if not in_time:
-            raise _Unchecked
-        checking.result()
+            text = self._gathered.text()
+            if not has_patterns(schema):
+                parse_output(text, schema)
+                return
+            await self._append()  # it is paid for, and the check may take a while
+            await self._checker.check_until(
+                text, schema, self._stopped, patience=self._timing.closing_seconds
+            )
 
     async def _complete(self, end: Completed) -> None:
         self._usage = end.usage or self._usage
@@ -601,10 +591,6 @@ def _check_storable(event: Event) -> None:
         raise FinalError(
             f"the adapter yielded {event.type!r} with something that can't be stored: {error}"
         ) from None
-
-
-class _Unchecked(Exception):
-    """There was no time left to check the answer."""
 
 
 class _AdapterFault(FinalError):

@@ -21,7 +21,7 @@ from perdure.errors import OutputInvalid
 from perdure.schemas import patterns, short
 from perdure.structured import parse_output
 
-__all__ = ["Checker", "serve"]
+__all__ = ["Checker", "Unchecked", "serve"]
 
 LIMIT_SECONDS: Final = 5.0
 # They work while they are checking, so more of them than processors would only slow each other.
@@ -30,6 +30,10 @@ START_SECONDS: Final = 30.0
 GOODBYE_SECONDS: Final = 1.0
 TRIES: Final = 2
 _READY: Final = b"ready\n"
+
+
+class Unchecked(Exception):
+    """There was no time left to check the output."""
 
 
 class Checker:
@@ -73,6 +77,36 @@ class Checker:
             "the output can't be checked: the process that checks it was ended twice, as for want "
             "of memory"
         )
+
+    async def check_until(
+        self,
+        text: str,
+        schema: Mapping[str, Any],
+        stopped: asyncio.Future[Any],
+        *,
+        patience: float,
+    ) -> None:
+        """Check as `check` does, but only so many seconds longer once ``stopped`` is done.
+
+        Raises:
+            OutputInvalid: As `check`.
+            Unchecked: It took longer.
+        """
+        clock = asyncio.get_running_loop().time
+        limit = asyncio.timeout(None)
+
+        def hurry(_stopped: asyncio.Future[Any]) -> None:
+            with contextlib.suppress(RuntimeError):  # it has just been checked
+                limit.reschedule(clock() + patience)
+
+        try:
+            async with limit:
+                stopped.add_done_callback(hurry)
+                await self.check(text, schema)
+        except TimeoutError:
+            raise Unchecked from None
+        finally:
+            stopped.remove_done_callback(hurry)
 
     async def _ask(self, helper: _Helper, request: bytes) -> tuple[str, bool] | None:
         """Return what is wrong; a helper that has not answered is ended, whatever the reason."""

@@ -277,6 +277,26 @@ async def test_a_worker_that_closes_does_not_wait_for_a_pattern(
     assert_sound(db)
 
 
+async def test_an_answer_is_written_down_before_it_is_checked(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash during the check doesn't lose what was paid for, though it came in one piece."""
+    checker = PatientChecker()
+    monkeypatch.setattr("perdure.worker.Checker", lambda: checker)
+    answer = f'"{"a" * 40}!"'
+    timing = replace(FAST.timing, closing_seconds=0.1)
+    async with engine_on(db, ScriptedAdapter(answer, Completed()), timing=timing) as engine:
+        task_id = await engine.submit_task(Task(prompt="bad", output_schema=ENDLESS))
+        await checker.begun.wait()
+        assert [kind for kind, *_ in stored_events(db, task_id)] == [
+            "submitted",
+            "running",
+            "chunk",
+        ]
+        assert query(db, "SELECT text FROM task_output") == [(answer,)]
+    assert_sound(db)
+
+
 async def test_cancelling_does_not_wait_for_a_pattern(
     db: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
