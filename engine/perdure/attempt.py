@@ -48,11 +48,10 @@ from perdure.gathering import Gathering
 from perdure.lifecycle import TaskState
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption, cancelled
 from perdure.pricing import price
-from perdure.schemas import has_patterns
 from perdure.store.claims import Claimed
 from perdure.store.log import EventLog
 from perdure.store.transaction import Transaction
-from perdure.structured import parse_output
+from perdure.structured import check_briefly
 from perdure.task import TaskStatus, Usage
 from perdure.text import check_json
 from perdure.unchecked import unchecked
@@ -487,8 +486,7 @@ class Attempt:
             )
         if end.finish_reason == "stop":
             text = self._gathered.text()
-            if not has_patterns(schema):
-                parse_output(text, schema)
+            if check_briefly(text, schema):
                 return
             await self._append()  # it is paid for, and the check may take a while
             await self._checker.check_until(

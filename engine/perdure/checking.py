@@ -1,8 +1,10 @@
-"""Checking outputs against schemas that have patterns, in processes of their own.
+"""Checking outputs that may take long to check, in processes of their own.
 
-A pattern can take longer than anybody lives on a text of forty characters, and Python's `re` can't
-be stopped meanwhile, nor does it let anything else run. A process can be ended. It is kept for the
-next output as long as it answers in time: starting one takes a hundred times as long as a check.
+A pattern can take longer than anybody lives on a text of forty characters, and so can references
+under `anyOf`. Python's `re` can't be stopped meanwhile, nor does it let anything else run. A
+process can be ended. It is kept for the next output as long as it answers in time: starting one
+takes a hundred times as long as a check. What takes no more than a moment is checked where it is
+asked for, see `structured.check_briefly`.
 """
 
 from __future__ import annotations
@@ -123,11 +125,12 @@ class Checker:
         return problem
 
     def _overdue(self, schema: Mapping[str, Any]) -> str:
-        first, *others = patterns(schema)
-        which = "one of the schema's patterns" if others else f"the pattern {short(first)!r}"
+        slow = "'anyOf' in a part that refers to itself, or 'uniqueItems' of objects"
+        if (first := next(patterns(schema), None)) is not None:
+            slow = f"repetitions inside repetitions in a pattern such as {short(first)!r}, {slow}"
         return (
-            f"the output can't be checked: {which} takes too long on this output (more than "
-            f"{self._seconds:g} s): write it without repetitions inside repetitions"
+            "the output can't be checked: holding it against the schema takes too long on this "
+            f"output (more than {self._seconds:g} s): write the schema without {slow}"
         )
 
     async def close(self) -> None:

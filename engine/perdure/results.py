@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from perdure.errors import OutputInvalid
-from perdure.schemas import has_patterns
 from perdure.store.records import Outcome, TaskRecord
-from perdure.structured import parse_output, read_output
+from perdure.structured import read_output
 from perdure.task import Result, Task, TaskStatus
 from perdure.unchecked import unchecked
 
@@ -47,11 +46,10 @@ def make_result(record: TaskRecord | Outcome, task: Task) -> Result:
 def _parsed(record: TaskRecord | Outcome, task: Task) -> Any:  # noqa: ANN401 - any JSON value
     if task.output_schema is None or record.output is None:
         return None
+    if record.finish_reason != "stop":  # a refusal, or calls: it was no answer to be checked
+        return None
+    # It was checked before it was completed. Another check could hold up the reader, for long.
     try:
-        if record.finish_reason == "stop":  # then it was checked before it was completed
-            return read_output(record.output)
-        if has_patterns(task.output_schema):  # which may take for ever
-            return None
-        return parse_output(record.output, task.output_schema)
-    except OutputInvalid:  # it ended for another reason than being done, such as a refusal
+        return read_output(record.output)
+    except OutputInvalid:  # which an earlier perdure took for JSON
         return None

@@ -17,7 +17,7 @@ from perdure.errors import InvalidTask
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
-__all__ = ["UnusableSchema", "check_schema", "has_patterns", "patterns", "short", "validator"]
+__all__ = ["UnusableSchema", "check_schema", "ignores_siblings", "patterns", "short", "validator"]
 
 _MAX_PROBLEM: Final = 500
 _PATTERNS: Final = ("pattern", "patternProperties")
@@ -62,11 +62,6 @@ def validator(schema: Mapping[str, Any]) -> Validator:
     raise UnusableSchema(problem)
 
 
-def has_patterns(schema: Mapping[str, Any]) -> bool:
-    """Return whether checking can mean to try regular expressions, which may take for ever."""
-    return next(patterns(schema), None) is not None
-
-
 def patterns(schema: Mapping[str, Any]) -> Iterator[str]:
     """Yield the regular expressions of the schema; what only looks like one as well."""
     waiting: list[object] = [schema]
@@ -82,6 +77,19 @@ def patterns(schema: Mapping[str, Any]) -> Iterator[str]:
             waiting += members.values()
         elif isinstance(part, list):
             waiting += cast("list[object]", part)
+
+
+def ignores_siblings(kind: type[Validator]) -> bool:
+    """Return whether what stands beside a reference doesn't count, as in earlier drafts."""
+    from referencing.jsonschema import DRAFT3, DRAFT4, DRAFT6, DRAFT7
+
+    return _specification(kind) in (DRAFT3, DRAFT4, DRAFT6, DRAFT7)
+
+
+def _specification(kind: type[Validator]) -> Any:  # noqa: ANN401 - of the library
+    from referencing.jsonschema import specification_with
+
+    return specification_with(cast("Any", kind.META_SCHEMA)["$schema"])
 
 
 def short(text: str) -> str:
@@ -107,11 +115,9 @@ def _validator(schema: str) -> Validator:
 def _check_references(schema: Any, kind: type[Validator]) -> None:  # noqa: ANN401 - any JSON value
     """Raise `UnusableSchema` unless all references lead to schemas, and none round in a circle."""
     from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
-    from referencing.jsonschema import DRAFT3, DRAFT4, DRAFT6, DRAFT7, specification_with
 
-    specification: Any = specification_with(cast("Any", kind.META_SCHEMA)["$schema"])
-    # In these what stands beside a reference doesn't count.
-    alone = specification in (DRAFT3, DRAFT4, DRAFT6, DRAFT7)
+    specification = _specification(kind)
+    alone = ignores_siblings(kind)
     root = specification.create_resource(schema)
     waiting: list[tuple[Any, Any]] = [(root, REGISTRY.resolver_with_root(root))]
     same_value: dict[int, set[int]] = {}

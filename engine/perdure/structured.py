@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from perdure.bounded import SECONDS, OutOfTime, find_problem
 from perdure.errors import OutputInvalid
 from perdure.schemas import UnusableSchema, check_schema, short, validator
 from perdure.task import Task
@@ -14,10 +14,9 @@ from perdure.task import Task
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
 
-__all__ = ["check_schemas", "parse_output", "read_output"]
+__all__ = ["check_briefly", "check_schemas", "parse_output", "read_output"]
 
-# Models that aren't held to a schema by their platform like to put JSON into a code block.
-_FENCED: Final = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", re.DOTALL | re.IGNORECASE)
+_FENCE: Final = "```"
 
 
 def check_schemas(task: Task) -> None:
@@ -34,15 +33,14 @@ def read_output(text: str) -> Any:  # noqa: ANN401 - any JSON value
     Raises:
         OutputInvalid: It is no JSON.
     """
-    fenced = _FENCED.fullmatch(text)
     try:
-        return json.loads(fenced[1] if fenced else text, parse_constant=_no_number)
+        return json.loads(_unfenced(text), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise OutputInvalid(f"the output is no JSON: {short(str(error))}") from None
 
 
 def parse_output(text: str, schema: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
-    """Return the value that ``text`` stands for. Where the schema has patterns, see `checking`.
+    """Return the value that ``text`` stands for. It takes its time, if need be for ever.
 
     Raises:
         OutputInvalid: It is no JSON, or doesn't satisfy the schema; the message says where.
@@ -50,15 +48,45 @@ def parse_output(text: str, schema: Mapping[str, Any]) -> Any:  # noqa: ANN401 -
     from jsonschema import exceptions
 
     value = read_output(text)
-    try:
+
+    def find() -> ValidationError | None:
         found = validator(schema).iter_errors(value)
-        problem = cast("ValidationError | None", exceptions.best_match(found))  # pyright: ignore[reportUnknownMemberType] - the stubs leave it out
+        return cast("ValidationError | None", exceptions.best_match(found))  # pyright: ignore[reportUnknownMemberType] - the stubs leave it out
+
+    try:
+        _raise_found(find)
+    except RecursionError:  # hundreds of levels
+        raise OutputInvalid("the output can't be checked: it is nested too deep") from None
+    return value
+
+
+def check_briefly(text: str, schema: Mapping[str, Any], seconds: float = SECONDS) -> bool:
+    """Check as `parse_output` does, where that takes no more than a moment.
+
+    Returns:
+        Whether it was found out that the text satisfies the schema; else it takes too long.
+
+    Raises:
+        OutputInvalid: As `parse_output`.
+    """
+    try:
+        value = read_output(text)
+        _raise_found(lambda: find_problem(value, len(text), schema, seconds))
+    except OutOfTime:
+        return False
+    return True
+
+
+def _raise_found(find: Callable[[], ValidationError | None]) -> None:
+    """Raise `OutputInvalid` with what ``find`` finds, or stumbles over."""
+    try:
+        problem = find()
     except UnusableSchema as error:  # of a task that was handed in to an earlier perdure
         raise OutputInvalid.beyond_repair(
             f"the output can't be checked: its schema {error}"
         ) from None
-    except RecursionError:  # hundreds of levels
-        raise OutputInvalid("the output can't be checked: it is nested too deep") from None
+    except (OutOfTime, RecursionError):
+        raise
     except Exception as error:  # noqa: BLE001 - what the schema makes the library trip over
         what = short(f"{type(error).__name__}: {error}")
         raise OutputInvalid.beyond_repair(f"the output can't be checked: {what}") from None
@@ -67,7 +95,21 @@ def parse_output(text: str, schema: Mapping[str, Any]) -> Any:  # noqa: ANN401 -
             f"the output does not satisfy the schema: {short(problem.message)} "
             f"(at {short(problem.json_path)})"
         )
-    return value
+
+
+def _unfenced(text: str) -> str:
+    """Return what is in the code block that the text is, else all of it.
+
+    Models that aren't held to a schema by their platform like to put JSON into one. By hand, since
+    a regular expression with blanks at so many places may try all ways to share them out.
+    """
+    stripped = text.strip()
+    if not (stripped.startswith(_FENCE) and stripped.endswith(_FENCE)):
+        return text
+    language, newline, block = stripped[len(_FENCE) :].partition("\n")
+    if not newline or language.strip().lower() not in ("", "json"):
+        return text
+    return block.removesuffix(_FENCE).strip()
 
 
 def _no_number(name: str) -> float:

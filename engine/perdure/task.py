@@ -384,7 +384,8 @@ class Result(BaseModel):
     error_class: str | None = None
     attempts: int = 0
     parsed: Any = None
-    """The output as a value, where the task has an `output_schema` and the output satisfies it."""
+    """The output as a value, where the task has an `output_schema` and the output satisfies it, as
+    every answer with the `finish_reason` "stop" does."""
     tool_calls: tuple[ToolCall, ...] = ()
     """The calls that the model asked for."""
 

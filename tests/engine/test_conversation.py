@@ -256,8 +256,66 @@ async def test_an_answer_on_which_a_pattern_takes_for_ever(
         result = await waiting
     assert (result.status, result.error_class) == (TaskStatus.FAILED, "OutputInvalid")
     assert result.error is not None
-    assert "the pattern '(a+)+$' takes too long on this output" in result.error
+    assert "takes too long on this output (more than 1 s)" in result.error
+    assert "a pattern such as '(a+)+$'" in result.error
     assert (result.attempts, result.partial_output) == (1, bad)
+    assert_sound(db)
+
+
+UNIQUE: dict[str, Any] = {"type": "array", "uniqueItems": True}
+BRANCH: dict[str, Any] = {"properties": {"c": {"$ref": "#/$defs/n"}}, "required": ["x"]}
+BRANCHING: dict[str, Any] = {"$defs": {"n": {"anyOf": [BRANCH] * 3}}, "$ref": "#/$defs/n"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer"),
+    [
+        (UNIQUE, json.dumps([{"a": n} for n in range(4000)])),
+        (BRANCHING, '{"c":' * 16 + "{}" + "}" * 16),
+    ],
+)
+async def test_a_check_that_takes_long_holds_nobody_up(
+    db: Path, monkeypatch: pytest.MonkeyPatch, schema: dict[str, Any], answer: str
+) -> None:
+    """It isn't only patterns that can take for ever; others go on meanwhile, and it is ended."""
+    monkeypatch.setattr("perdure.worker.Checker", partial(Checker, seconds=2.0))
+    longest = 0.0
+
+    async def beat() -> None:
+        nonlocal longest
+        clock = asyncio.get_running_loop().time
+        while True:
+            began = clock()
+            await asyncio.sleep(0.01)
+            longest = max(longest, clock() - began)
+
+    async with engine_on(db, ScriptedAdapter(answer, Completed())) as engine:
+        beating = asyncio.create_task(beat())
+        task_id = await engine.submit_task(Task(prompt="?", output_schema=schema))
+        result = await engine.get_result(task_id, 60)
+        beating.cancel()
+    assert longest < 1.5  # alone it would take 30 s and more; 0.1 s where nobody else works
+    assert (result.status, result.error_class) == (TaskStatus.FAILED, "OutputInvalid")
+    assert result.error is not None
+    assert "takes too long on this output" in result.error
+    assert_sound(db)
+
+
+async def test_a_result_is_read_without_another_check(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers pay for reading; what wasn't checked before has no value."""
+    schema = {"type": "array", "uniqueItems": True}
+    refused = Completed(finish_reason="content_filter")
+    adapter = answers(["[1, 2]", Completed()], ["[1, 2]", refused])
+    async with engine_on(db, adapter, concurrency=1) as engine:
+        answered = await engine.submit_task(Task(prompt="?", output_schema=schema))
+        assert (await engine.get_result(answered, 60)).success
+        cut = await engine.submit_task(Task(prompt="?", output_schema=schema))
+        assert (await engine.get_result(cut, 60)).success
+        monkeypatch.setattr("jsonschema.validators.Draft202012Validator.iter_errors", None)
+        assert (await engine.get_result(answered)).parsed == [1, 2]
+        assert (await engine.get_result(cut)).parsed is None
     assert_sound(db)
 
 

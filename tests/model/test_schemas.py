@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from perdure import InvalidTask, Task
-from perdure.schemas import check_schema, has_patterns
+from perdure.schemas import check_schema, patterns
 
 DRAFT_4 = "http://json-schema.org/draft-04/schema#"
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
@@ -111,15 +111,15 @@ def test_a_schema_that_is_nested_too_deep() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "has"),
+    ("schema", "found"),
     [
-        ({"type": "string"}, False),
-        ({"properties": {"pattern": {"type": "string"}}}, False),
-        ({"properties": {"a": {"anyOf": [{"pattern": "x"}]}}}, True),
-        ({"patternProperties": {"^x": True}}, True),
-        ({"propertyNames": {"pattern": "x"}}, True),
+        ({"type": "string"}, []),
+        ({"properties": {"pattern": {"type": "string"}}}, []),
+        ({"properties": {"a": {"anyOf": [{"pattern": "x"}]}}}, ["x"]),
+        ({"patternProperties": {"^x": True}}, ["^x"]),
+        ({"propertyNames": {"pattern": "x"}}, ["x"]),
     ],
 )
-def test_which_schemas_have_patterns(schema: dict[str, Any], has: bool) -> None:
-    """Wherever they are; the name of a property is none."""
-    assert has_patterns(schema) is has
+def test_patterns_of_a_schema(schema: dict[str, Any], found: list[str]) -> None:
+    """They are found wherever they are; the name of a property is none."""
+    assert list(patterns(schema)) == found

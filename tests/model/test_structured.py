@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from itertools import count
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ from pydantic import BaseModel
 
 from perdure import InvalidTask, OutputInvalid, Task
 from perdure.schemas import check_schema
-from perdure.structured import check_schemas, parse_output
+from perdure.structured import check_schemas, parse_output, read_output
 
+NEWLINES = "\n" * 5000
 CITY: dict[str, Any] = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "people": {"type": "integer", "minimum": 0}},
@@ -91,6 +94,33 @@ def test_tools_have_different_names() -> None:
     """Two functions of one name could not be told apart."""
     with pytest.raises(InvalidTask, match="two of them have the name 'f'"):
         Task(prompt="?", tools=[{"name": "f"}, {"name": "f"}])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("```json\n[1]\n```", [1]),
+        ("\n ``` JSON \n\n\u00a0[1]\n\n ```\n", [1]),
+        ("```\n[1]```", [1]),
+        ("[1]", [1]),
+        ("```python\n[1]\n```", None),
+        ("```[1]```", None),
+        ("```", None),
+        ("```json\n[1]", None),
+        (f"```json{NEWLINES}[1]{NEWLINES}```", [1]),
+        (f"```json{NEWLINES}[1]{NEWLINES}``", None),
+    ],
+    ids=count(),
+)
+def test_code_blocks(text: str, value: Any) -> None:
+    """What is in one counts, in any spelling; blanks take no time, however many there are."""
+    began = time.monotonic()
+    if value is None:
+        with pytest.raises(OutputInvalid, match="is no JSON"):
+            read_output(text)
+    else:
+        assert read_output(text) == value
+    assert time.monotonic() - began < 5  # a regular expression took minutes for 5,000
 
 
 def test_what_has_no_bottom_is_an_invalid_output() -> None:
