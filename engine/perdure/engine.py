@@ -97,7 +97,7 @@ class Engine:
         self._default_platform = default_platform
         self._working: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     @classmethod
     def open(
@@ -162,9 +162,13 @@ class Engine:
         """
         if self._loop is not None:
             raise PerdureError("an engine can be entered only once: open another one")
-        await asyncio.to_thread(self.database.prepare, create=self._create)
-        await self.log.open()
         self._loop = asyncio.get_running_loop()
+        try:
+            await asyncio.to_thread(self.database.prepare, create=self._create)
+            await self.log.open()
+        except BaseException:  # nobody else would end the writer that may have begun
+            await self.close()
+            raise
         if self._run:
             self.start_running()
         return self
@@ -195,17 +199,24 @@ class Engine:
             self.log.feed.close(PerdureError(f"the worker failed: {type(error).__name__}: {error}"))
 
     async def close(self) -> None:
-        """Hand back what runs, write what is waiting, close everything. May be called again."""
-        if self._closed:
-            return
-        self._closed = True
-        await self.worker.cancel_running()
-        if self._working is not None:
-            await asyncio.wait({self._working})
-        await self.worker.close()
-        await self.platforms.close()
-        await self.log.close()
-        await self.database.close()
+        """Hand back what runs, write what is waiting, close everything. May be called again.
+
+        It goes on to its end even where its caller is cancelled, as by a limit of time.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        try:
+            await self.worker.cancel_running()
+            if self._working is not None:
+                await asyncio.wait({self._working})
+            await self.worker.close()
+            await self.platforms.close()
+        finally:  # also where the event loop ends meanwhile
+            await self.log.close()
+            await self.database.close()
 
     def _require_open(self) -> None:
         """Raise unless the engine can be used here and now.
@@ -214,7 +225,7 @@ class Engine:
             EngineClosed: It wasn't entered yet, or was closed.
             PerdureError: It was entered in another event loop.
         """
-        if self._closed:
+        if self._closing is not None:
             raise EngineClosed("the engine was closed: open another one")
         if self._loop is None:
             raise EngineClosed("the engine wasn't entered yet: use it by `async with`")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
@@ -1221,6 +1222,50 @@ async def test_a_closed_engine_takes_nothing(db: Path) -> None:
     with pytest.raises(EngineClosed):
         await anext(engine.stream_result(task_id))
     await engine.close()
+
+
+def writers() -> int:
+    """Return how many writer threads there are in this process."""
+    return sum(thread.name == "perdure-writer" for thread in threading.enumerate())
+
+
+async def test_closing_goes_on_when_its_caller_is_cancelled(db: Path) -> None:
+    """Who closes once more waits for the end; nothing is left behind."""
+
+    class Slow(ScriptedAdapter):
+        async def close(self) -> None:
+            slowly.set()
+            await may_close.wait()
+
+    slowly, may_close = asyncio.Event(), asyncio.Event()
+    before = writers()
+    engine = await engine_on(db, Slow(Hold())).__aenter__()
+    await engine.submit_task(ASK)
+    await eventually(lambda: count_events(db, "running"))
+    closing = asyncio.create_task(engine.close())
+    await slowly.wait()
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert writers() == before + 1
+    again = asyncio.create_task(engine.close())
+    may_close.set()
+    await again
+    assert writers() == before
+    assert query(db, "SELECT status FROM tasks") == [("pending",)]
+
+
+async def test_an_engine_whose_opening_is_cancelled_leaves_nothing(db: Path) -> None:
+    """At whatever moment it is."""
+    before = writers()
+    for turns in (*range(12), 100, 1000):
+        entering = asyncio.create_task(engine_on(db).__aenter__())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        entering.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await entering).close()
+        assert writers() == before, turns
 
 
 async def test_an_engine_that_was_not_entered_says_so(db: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -80,6 +81,23 @@ async def test_all_goes_on(backend: Backend, newer: str) -> None:
     assert_sound(newer)
     (version,) = backend.query(newer, "SELECT version_num FROM alembic_version")[0]
     assert version == "9999", "it was taken back"
+
+
+async def test_an_event_of_a_newer_release_is_no_trouble_for_others(
+    backend: Backend, newer: str
+) -> None:
+    """Who appends to its task is refused; who is in the same transaction isn't."""
+    async with Engine.open(newer, adapters=[DemoAdapter()], run=False) as engine:
+        theirs = await engine.submit_task(task("one"))
+    with backend.shell(newer) as shell:
+        shell.run("UPDATE events SET type = 'annotated'")
+    async with Engine.open(newer, adapters=[DemoAdapter()], run=False) as engine:
+        refused, submitted = await asyncio.gather(
+            engine.cancel_task(theirs), engine.submit_task(task("two")), return_exceptions=True
+        )
+        assert isinstance(refused, DatabaseIncompatible)
+        assert isinstance(submitted, str)
+        assert await engine.get_status(submitted) is TaskStatus.PENDING
 
 
 def test_upgrading_leaves_it_as_it_is(backend: Backend, newer: str) -> None:

@@ -20,7 +20,13 @@ from typing import Any, Final, Generic, TypeVar
 
 from sqlalchemy.exc import IntegrityError
 
-from perdure.errors import DatabaseCorrupt, EngineClosed, PerdureError, StoreError
+from perdure.errors import (
+    DatabaseCorrupt,
+    DatabaseUnavailable,
+    EngineClosed,
+    PerdureError,
+    StoreError,
+)
 from perdure.events import AttemptFailed, Event, Interrupted, RecordedEvent, Running, Submitted
 from perdure.store.database import Database, Writer
 from perdure.store.dialect import News
@@ -195,7 +201,7 @@ class EventLog:
         if self._broken is not None:
             raise self._broken
         if self._closed or self._loop is None:
-            raise EngineClosed("the log is closed: nothing can be written any more")
+            raise EngineClosed("the engine was closed: open another one")
         future: asyncio.Future[T] = self._loop.create_future()
         if not self._gathered:
             self._loop.call_soon(self._hand_over)
@@ -338,8 +344,8 @@ class EventLog:
         self, writer: Writer, cache: FoldCache, batch: list[_Request[Any]], error: BaseException
     ) -> None:
         """Tell those whose work could not be done; where one is at fault, only that one."""
-        if len(batch) > 1 and not isinstance(error, StoreError):
-            # One of them broke the transaction for all: find out which.
+        if len(batch) > 1 and not isinstance(error, DatabaseUnavailable):
+            # One of them broke the transaction for all, as by a stream that can't be read.
             for request in batch:
                 self._commit_together(writer, cache, [request])
             return
