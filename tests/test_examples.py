@@ -7,6 +7,8 @@ import re
 import sqlite3
 import subprocess
 import sys
+import textwrap
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -36,6 +38,46 @@ def test_library_example_runs(tmp_path: Path) -> None:
     assert printed.count("completed") == 3
 
 
+def test_overnight_example_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    """Killed half-way and started again, it runs nothing twice that had completed."""
+    killed = subprocess.Popen(
+        [sys.executable, "-P", str(EXAMPLES / "overnight.py")], cwd=tmp_path, stdout=subprocess.PIPE
+    )
+    try:
+        until = time.monotonic() + 120
+        while not (before := completed(tmp_path / "overnight.db")):
+            assert killed.poll() is None, "it ended by itself"
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        killed.kill()
+        killed.communicate()
+    printed = run_python(EXAMPLES / "overnight.py", tmp_path)
+    assert "40 tasks, 40 of them known already, 0 refused" in printed
+    assert "40 completed, in " in printed
+    after = completed(tmp_path / "overnight.db")
+    assert len(after) == 40
+    assert after.items() >= before.items()
+    assert "40 completed, in " in run_python(EXAMPLES / "overnight.py", tmp_path)
+    assert completed(tmp_path / "overnight.db") == after
+
+
+def completed(database: Path) -> dict[str, tuple[int, str]]:
+    """Return the completed tasks: in which attempt, and when."""
+    if not database.exists():
+        return {}
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=10)) as connection:
+        if (
+            connection.execute("SELECT * FROM sqlite_master WHERE name = 'tasks'").fetchone()
+            is None
+        ):
+            return {}
+        found = connection.execute(
+            "SELECT task_id, attempts, ended_at FROM tasks WHERE status = 'completed'"
+        )
+        return {task_id: (attempts, at) for task_id, attempts, at in found}
+
+
 def test_readme_python_runs(tmp_path: Path) -> None:
     """The README's Python is a whole program."""
     text = (ROOT / "README.md").read_text("utf-8")
@@ -43,6 +85,37 @@ def test_readme_python_runs(tmp_path: Path) -> None:
     program = tmp_path / "readme.py"
     program.write_text(block, "utf-8")
     assert "completed" in run_python(program, tmp_path)
+
+
+def test_readme_task_is_run(tmp_path: Path) -> None:
+    """The README's task with all it may have falls back, is checked, and comes once."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    program = tmp_path / "readme.py"
+    program.write_text(AROUND_THE_TASK.replace("    BLOCK", textwrap.indent(block, " " * 12)))
+    assert run_python(program, tmp_path) == "short='all is well'\n1\n" * 2
+
+
+AROUND_THE_TASK = """
+import asyncio
+from pydantic import BaseModel
+from perdure import Completed, Engine, InvalidRequest, Task, TaskConstraints
+from perdure.testing import ScriptedAdapter
+
+class Summary(BaseModel):
+    short: str
+
+async def main(report="All is well."):
+    claude = ScriptedAdapter(InvalidRequest("no"), platform="claude")
+    chatgpt = ScriptedAdapter('{"short": "all is well"}', Completed(), platform="chatgpt")
+    for _ in range(2):
+        async with Engine.open("readme.db", adapters=[claude, chatgpt]) as engine:
+    BLOCK
+            print(summary)
+            print(len(await engine.list_tasks()))
+
+asyncio.run(main())
+"""
 
 
 # question -> query
