@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from perdure.store import bulk, direct
 from perdure.store.bulk import Bulk
 from perdure.store.database import Database
-from perdure.store.direct import Statement, is_among
+from perdure.store.direct import Statement, has_one_of, is_among
 from perdure.store.schema import blobs, streams, tasks
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -62,6 +62,19 @@ def test_rows_in_order(connection: Connection) -> None:
     ]
     assert not _STREAMS.rows(connection, [])
     assert len(_STREAMS.rows(connection, [f"täsk_{n:04}" for n in range(1000)])) == 1000
+
+
+def test_any_number_of_values(connection: Connection) -> None:
+    """As many as no statement could have parameters; another column and other values are others."""
+    many = [f"täsk_{n:04}" for n in range(260_000)]
+    count = sa.select(sa.func.count()).select_from(streams)
+    odd = ['a "quoted" one', "a\\b", "{a,b}", "NULL", ""]
+    for values, found in ((many, 1000), (many[:7], 7), (odd, 0), ([], 0)):
+        named = has_one_of(streams.c.task_id, values)
+        assert connection.scalar(count.where(named)) == found
+        assert connection.scalar(count.where(sa.not_(named))) == 1000 - found
+    assert connection.scalar(count.where(has_one_of(streams.c.stream_id, range(3)))) == 3
+    assert connection.scalar(count.where(has_one_of(streams.c.version, [1]))) == 1000
 
 
 def test_changes_are_counted(connection: Connection) -> None:

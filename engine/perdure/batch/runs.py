@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from perdure.store.database import Database
+from perdure.store.direct import has_one_of
 from perdure.store.schema import tasks
 
 __all__ = ["Run", "find_unsettled", "latest_runs", "select_where"]
@@ -102,7 +103,7 @@ async def select_where(
     wanted = list(values)
     found: list[Row] = []
     for begin in range(0, len(wanted), _PAGE):
-        page = database.is_one_of(column, wanted[begin : begin + _PAGE])
+        page = has_one_of(column, wanted[begin : begin + _PAGE])
         found += await _all(database, statement.where(page))
     return found
 

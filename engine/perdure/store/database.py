@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
@@ -211,10 +211,6 @@ class Database:
     def pairs(self, values: Mapping[str, str]) -> sa.TableValuedAlias:
         """Return a table of ``values``, with the columns `key` and `value`, as one parameter."""
         return self.dialect.pairs(values)
-
-    def is_one_of(self, column: sa.Column[Any], values: Iterable[str]) -> sa.ColumnElement[bool]:
-        """Return the condition that ``column`` has one of ``values``: one parameter for all."""
-        return self.dialect.is_one_of(column, values)
 
     async def pages(
         self, statement: sa.Select[Any], after: sa.Column[Any], size: int = 1000

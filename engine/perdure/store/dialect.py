@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -215,10 +215,6 @@ class Dialect(ABC):
     @abstractmethod
     def pairs(self, values: Mapping[str, str]) -> sa.TableValuedAlias:
         """Return a table of ``values``, with the columns `key` and `value`, as one parameter."""
-
-    @abstractmethod
-    def is_one_of(self, column: sa.Column[Any], values: Iterable[str]) -> sa.ColumnElement[bool]:
-        """Return the condition that ``column`` has one of ``values``: one parameter for all."""
 
     @property
     def now(self) -> datetime:

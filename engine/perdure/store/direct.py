@@ -11,7 +11,7 @@ statement, and read as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import orjson
@@ -20,9 +20,10 @@ from sqlalchemy import Connection, Dialect
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import Text, TypeDecorator, TypeEngine
 
-__all__ = ["ROUND_TRIPS", "Statement", "defer", "execute", "is_among"]
+__all__ = ["ROUND_TRIPS", "Statement", "defer", "execute", "has_one_of", "is_among"]
 
 Processor = Callable[[Any], Any]
 
@@ -235,31 +236,54 @@ def _element(value: object) -> str:
     return f'"{text}"'
 
 
-class _Among(sa.ColumnElement[bool]):
+class _Among(FunctionElement[bool]):
     # Of no type: of a boolean, SQLite would be asked whether it equals 1, and use no index for it.
+    # A function, since SQLAlchemy knows of its arguments what makes two statements the same.
     inherit_cache = True
 
-    def __init__(self, column: sa.Column[Any], name: str) -> None:
-        self.column = column
-        self.given = sa.bindparam(name, type_=_Listed())
+
+class _AmongMany(_Among):
+    # PostgreSQL looks through an array once more for each row, but makes a hash table of rows.
+    inherit_cache = True
 
 
-def is_among(column: sa.Column[Any], name: str) -> sa.ColumnElement[bool]:
+def is_among(column: sa.Column[Any], name: str, *, many: bool = False) -> sa.ColumnElement[bool]:
     """Return the condition that ``column`` has one of the values given as the parameter ``name``.
 
-    One parameter for all of them, so that the statement is the same for any number.
+    One parameter for all of them, so that the statement is the same for any number, and there may
+    be more of them than a statement may have parameters.
+
+    Args:
+        column: The column.
+        name: The parameter.
+        many: There may be thousands, and more rows that have none of them.
     """
-    return _Among(column, name)
+    return (_AmongMany if many else _Among)(column, sa.bindparam(name, type_=_Listed()))
+
+
+def has_one_of(column: sa.Column[Any], values: Iterable[Any]) -> sa.ColumnElement[bool]:
+    """Return the condition that ``column`` has one of ``values``: one parameter for all."""
+    return _AmongMany(column, sa.bindparam(None, list(values), type_=_Listed()))
 
 
 @compiles(_Among, "sqlite")
 def _among_sqlite(element: _Among, compiler: SQLCompiler, **how: Any) -> str:  # noqa: ANN401
-    column, given = compiler.process(element.column, **how), compiler.process(element.given, **how)
+    column, given = (compiler.process(each, **how) for each in element.clauses)
     return f"{column} IN (SELECT value FROM json_each({given}))"
 
 
 @compiles(_Among, "postgresql")
 def _among_postgresql(element: _Among, compiler: SQLCompiler, **how: Any) -> str:  # noqa: ANN401
-    column, given = compiler.process(element.column, **how), compiler.process(element.given, **how)
-    kind = "BIGINT" if isinstance(element.column.type, sa.Integer) else "TEXT"
-    return f"{column} = ANY (CAST({given} AS {kind}[]))"
+    column, given = (compiler.process(each, **how) for each in element.clauses)
+    return f"{column} = ANY ({_array(element, given)})"
+
+
+@compiles(_AmongMany, "postgresql")
+def _many_postgresql(element: _AmongMany, compiler: SQLCompiler, **how: Any) -> str:  # noqa: ANN401
+    column, given = (compiler.process(each, **how) for each in element.clauses)
+    return f"{column} IN (SELECT unnest({_array(element, given)}))"
+
+
+def _array(element: _Among, given: str) -> str:
+    column, _given = element.clauses
+    return f"CAST({given} AS {'BIGINT' if isinstance(column.type, sa.Integer) else 'TEXT'}[])"

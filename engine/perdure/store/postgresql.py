@@ -15,7 +15,7 @@ import contextlib
 import random
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -233,12 +233,6 @@ class Postgresql(Dialect):
         """Return a table of ``values``, with the columns `key` and `value`, as one parameter."""
         given = sa.cast(orjson.dumps(values).decode(), schema.PostgresqlJson("JSONB"))
         return sa.func.jsonb_each_text(given).table_valued("key", "value")
-
-    def is_one_of(self, column: sa.Column[Any], values: Iterable[str]) -> sa.ColumnElement[bool]:
-        """Return the condition that ``column`` has one of ``values``: one parameter for all."""
-        given = sa.cast(orjson.dumps(list(values)).decode(), schema.PostgresqlJson("JSONB"))
-        listed = sa.func.jsonb_array_elements_text(given).table_valued("value")
-        return column.in_(sa.select(listed.c.value))
 
 
 class PostgresqlWriter(Writer):

@@ -13,7 +13,7 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -184,11 +184,6 @@ class Sqlite(Dialect):
     def pairs(self, values: Mapping[str, str]) -> sa.TableValuedAlias:
         """Return a table of ``values``, with the columns `key` and `value`, as one parameter."""
         return sa.func.json_each(orjson.dumps(values).decode()).table_valued("key", "value")
-
-    def is_one_of(self, column: sa.Column[Any], values: Iterable[str]) -> sa.ColumnElement[bool]:
-        """Return the condition that ``column`` has one of ``values``: one parameter for all."""
-        listed = sa.func.json_each(orjson.dumps(list(values)).decode()).table_valued("value")
-        return column.in_(sa.select(listed.c.value))
 
 
 _EMPTY: Final = "run a task to set it up, or choose another with --db"
