@@ -227,8 +227,11 @@ class AsyncBasePlatformAdapter(BasePlatformAdapter):
                     self.__own = await self.__open()
                     self.__engine = self.__own
             self.__opening = None  # a lock belongs to one event loop, an adapter does not
-        if task_id is not None and self.__own is not None:
-            self.__own.worker.add_to_scope(task_id)
+        own = self.__own
+        if task_id is not None and own is not None and task_id not in own.worker.named:
+            status = await own.get_status(task_id)
+            if status is not TaskStatus.UNKNOWN and not status.ended:
+                own.worker.add_to_scope(task_id)
         return self.__engine
 
     async def __open(self) -> Engine:

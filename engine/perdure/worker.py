@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -38,6 +38,7 @@ from perdure.store.claims import Census, Claimed, Scope
 from perdure.store.content import blob_digests, restore
 from perdure.store.database import Database
 from perdure.store.log import EventLog
+from perdure.store.scoping import NamedTasks
 from perdure.task import Attachment, Task
 
 __all__ = ["Worker", "WorkerSettings"]
@@ -92,6 +93,8 @@ class Worker:
         self.worker_id = f"worker_{secrets.token_hex(6)}"
         self.settings = settings or WorkerSettings()
         self._scope = scope or Scope()
+        named = self._scope.task_ids
+        self._named = None if named is None else NamedTasks(named)
         self._database = database
         self._log = log
         self._platforms = platforms
@@ -118,21 +121,27 @@ class Worker:
 
     @property
     def scope(self) -> Scope:
-        """Which tasks it runs: those of its scope whose platform this process has."""
+        """Which tasks it runs: those of its scope whose platform this process has.
+
+        Where it names tasks, they leave it some time after they have ended.
+        """
         platforms = self._scope.platforms or self._platforms.names
-        return Scope(platforms, self._scope.batch, self._scope.task_ids)
+        named = None if self._named is None else self._named.task_ids
+        return Scope(platforms, self._scope.batch, named)
 
     @property
     def running(self) -> tuple[str, ...]:
         """The tasks whose attempts run here now."""
         return tuple(self._running)
 
+    @property
+    def named(self) -> Container[str]:
+        """The tasks that the scope names, where it does; see `scope`."""
+        return self._named or ()
+
     def add_to_scope(self, task_id: str) -> None:
-        """Run this task too, where the scope names tasks."""
-        if self._scope.task_ids is not None:
-            self._scope = Scope(
-                self._scope.platforms, self._scope.batch, self._scope.task_ids | {task_id}
-            )
+        """Run this task too, until it has ended, where the scope names tasks."""
+        if self._named is not None and self._named.add(task_id):
             self.wake()
 
     def wake(self) -> None:
@@ -218,6 +227,8 @@ class Worker:
         free = self.settings.concurrency - len(self._running)
         if free <= 0:
             return 0
+        if self._named is not None:
+            await self._named.forget_ended(self._database)
         scope = self.scope
         self._in_vain = False
         looked = not self._more
@@ -250,6 +261,8 @@ class Worker:
     def _ended(self, task_id: str, running: asyncio.Task[None]) -> None:
         self._running.pop(task_id, None)
         self._attempts.pop(task_id, None)
+        if self._named is not None:
+            self._named.note_change(task_id)
         self._wake.set()
         if running.cancelled():
             return

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -224,6 +225,21 @@ class TestLifecycle:
         async with Echo() as adapter:
             assert (await adapter.get_result(asked, timeout=20)).output == "asked for"
             assert await adapter.get_status(waiting) is TaskStatus.PENDING
+
+    async def test_ended_tasks_are_forgotten(self) -> None:
+        """However many an adapter alone has run or is asked about, it remembers a few of them."""
+        async with Echo() as adapter:
+            ids: list[str] = []
+            for number in range(150):
+                ids.append(await adapter.submit_task(Task(prompt=f"{number}")))
+                await adapter.get_result(ids[-1])
+            for task_id in (*ids, *(f"echo_20260101_{n:08x}" for n in range(150))):
+                with suppress(TaskNotFound):
+                    await adapter.get_result(task_id)
+            engine: Engine = vars(adapter)["_AsyncBasePlatformAdapter__own"]
+            kept = engine.worker.scope.task_ids
+        assert kept is not None
+        assert len(kept) <= 64
 
     async def test_cancelling_keeps_what_was_there(self) -> None:
         """A cancelled task keeps its partial output; cancelling again changes nothing."""

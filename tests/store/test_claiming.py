@@ -105,6 +105,22 @@ async def test_only_of_its_scope(store: Store, scope: Scope, taken: list[str]) -
     assert await store.log.write(work) == taken
 
 
+async def test_of_any_number_of_named_tasks(store: Store) -> None:
+    """A scope may name more tasks than a statement may have parameters."""
+    await _registered(store)
+    for name in ("named", "other"):
+        await store.submit(name)
+    many = frozenset({"named", *(f"demo_20260101_{n:08x}" for n in range(260_000))})
+    scope = Scope(("demo",), task_ids=many)
+    due = await claims.next_due(store.database, scope)
+    assert due is not None
+    assert due <= store.database.now
+    assert await claims.unfinished(store.database, scope) == 1
+    ((claimed,), _head) = await store.log.write_last(taking(9, scope))
+    assert claimed.task_id == "named"
+    assert await claims.next_due(store.database, scope) is None
+
+
 async def test_each_task_once(database_url: str) -> None:
     """Two processes that submit and claim at the same time run each task once."""
     async with opened(database_url) as here, opened(database_url) as there:

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from perdure.events import Event, Running, Submitted, decode
 from perdure.lifecycle import TaskState
 from perdure.store.database import Database
-from perdure.store.direct import Statement, is_among
+from perdure.store.direct import Statement, has_one_of, is_among
 from perdure.store.projection import TaskFold
 from perdure.store.schema import blobs, events, streams, tasks, workers
 from perdure.store.transaction import IN_LIMIT, Transaction, chunks_of
@@ -66,7 +66,7 @@ class Scope:
         if self.batch is not None:
             found.append(tasks.c.batch == self.batch)
         if self.task_ids is not None:
-            found.append(tasks.c.task_id.in_(self.task_ids))
+            found.append(has_one_of(tasks.c.task_id, self.task_ids))
         return found
 
     def has(self, fold: TaskFold, asked: Submitted) -> bool:
@@ -181,7 +181,7 @@ def _due(restricted: tuple[sa.Column[Any], ...]) -> Statement:
     conditions = (
         column == sa.bindparam("of_batch")
         if column is tasks.c.batch
-        else is_among(column, f"of_{column.name}")
+        else is_among(column, f"of_{column.name}", many=column is tasks.c.task_id)
         for column in restricted
     )
     return Statement(
