@@ -23,8 +23,11 @@ from perdure.errors import (
     StreamTruncated,
 )
 from perdure_adapters._sdk import redact, typed_error
+from perdure_adapters._tls import ssl_context
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx2
 
 __all__ = ["DECODING_ERRORS", "LAST_WORDS", "Endpoint", "fault_of", "message_of", "wire_errors"]
@@ -122,12 +125,28 @@ class Endpoint:
 
         return httpx2.Timeout(self.read_timeout, connect=self.connect_timeout, pool=None)
 
+    @property
+    def _trust_env(self) -> bool:
+        """Whether the environment's proxies and certificates count.
+
+        A proxy is the way to other machines, not to this one.
+        """
+        return not self.loopback
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        """What the server's certificate is checked against; `NotConfigured` where it can't be."""
+        return ssl_context(trust_env=self._trust_env)
+
     def http_client(self, *, follow_redirects: bool) -> httpx2.AsyncClient:
         """Return a new HTTP client for an SDK.
 
         Args:
             follow_redirects: Only where the key is in the header `Authorization`: from others
                 httpx2 doesn't take it away when an answer names another place.
+
+        Raises:
+            NotConfigured: The environment names certificates that can't be loaded.
         """
         import httpx2
 
@@ -136,6 +155,8 @@ class Endpoint:
         return HttpClient(
             timeout=self.timeout,
             follow_redirects=follow_redirects,
+            # Even for `http://`: a server may send us on to `https://`.
+            verify=self.ssl_context,
             limits=httpx2.Limits(
                 max_connections=None,  # how many calls run at once is the engine's decision
                 max_keepalive_connections=100,
@@ -143,8 +164,7 @@ class Endpoint:
                 # is just being dropped must not be taken for the next call.
                 keepalive_expiry=4,
             ),
-            # A proxy is the way to other machines, not to this one.
-            trust_env=not self.loopback,
+            trust_env=self._trust_env,
         )
 
     # -- what goes wrong ---------------------------------------------------------------------------

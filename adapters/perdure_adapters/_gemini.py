@@ -135,11 +135,16 @@ class GeminiEndpoint(Endpoint):
 
         http = self.http_client(follow_redirects=False)  # the key has a header of its own
         http.event_hooks = {"request": [limited], "response": [read]}
+        certificates = self.ssl_context
         options = types.HttpOptions(
             base_url=self.url,
             api_version=self.api_version,
             # Else it is aiohttp wherever that happens to be installed, with errors of its own.
             httpx_async_client=http,
+            # For what it makes besides and we don't use, a client that blocks and WebSockets: each
+            # would load all certificates by itself.
+            client_args={"verify": certificates},
+            async_client_args={"ssl": certificates},
             retry_options=types.HttpRetryOptions(attempts=1),
         )
         client = genai.Client(vertexai=False, api_key=self.sent_key, http_options=options)
