@@ -8,7 +8,8 @@ vouched for by the `archived` events of the tasks that it swallowed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -89,19 +90,25 @@ def each_gap(
         after: A position; None for none.
         last: The position after which no more are wanted; None for none.
     """
-    page = (
-        sa.select(*(as_stored(column) for column in gaps.c))
-        .order_by(gaps.c.first_position)
-        .limit(scanning.PAGE)
-    )
-    if last is not None:
-        page = page.where(gaps.c.first_position <= last)
     while True:
         rows = connection.execute(
-            page if after is None else page.where(gaps.c.first_position > after)
+            _page(bounded=last is not None, further=after is not None),
+            {"after": after, "last": last, "most": scanning.PAGE},
         ).all()
         for row in rows:
             yield Gap(*row)
         if len(rows) < scanning.PAGE:
             return
         after = rows[-1][0]
+
+
+@cache
+def _page(*, bounded: bool, further: bool) -> sa.Select[*tuple[Any, ...]]:
+    page = (
+        sa.select(*(as_stored(column) for column in gaps.c))
+        .order_by(gaps.c.first_position)
+        .limit(sa.bindparam("most", type_=sa.Integer))
+    )
+    if bounded:
+        page = page.where(gaps.c.first_position <= sa.bindparam("last"))
+    return page.where(gaps.c.first_position > sa.bindparam("after")) if further else page

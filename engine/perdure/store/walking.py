@@ -138,13 +138,11 @@ class Walked:
 
 def stretches(connection: Connection, expect: tuple[int, str] | None) -> Iterator[Stretch]:
     """Divide the whole log, in its order."""
-    end: int | None = connection.scalar(sa.select(sa.func.max(events.c.position)))
-    ahead = sa.select(events.c.position).order_by(events.c.position)
-    ahead = ahead.offset(scanning.PAGE - 1).limit(1)
+    end: int | None = connection.scalar(_END)
     after: int | None = None
     while end is not None and after != end:
-        further = ahead if after is None else ahead.where(events.c.position > after)
-        found: int | None = connection.scalar(further)
+        ahead = _AHEAD if after is None else _AHEAD_BEHIND
+        found: int | None = connection.scalar(ahead, {"after": after, "few": scanning.PAGE - 1})
         stretch = Stretch(after, end if found is None else found, end, expect)
         yield stretch
         after = stretch.last
@@ -155,7 +153,7 @@ def walk(connection: Connection, stretch: Stretch) -> Walked:
     taking = _Walk(connection, stretch)
     walked = taking.walked
     expected, expected_digest = stretch.expect or (None, "")
-    rows = page_of(connection, _rows_of(stretch))
+    rows = page_of(connection, _ROWS if stretch.after is None else _ROWS_BEHIND, stretch._asdict())
     done = 0
     while (done := taking.pass_plain(rows, done)) < len(rows):
         row = rows[done]
@@ -175,32 +173,46 @@ def walk(connection: Connection, stretch: Stretch) -> Walked:
 _EventRow: TypeAlias = tuple[Any, ...]
 
 
-def _rows_of(stretch: Stretch) -> sa.Select[*tuple[Any, ...]]:
-    rows = (
-        sa.select(
-            *(events.c.position, events.c.stream_id, events.c.version, events.c.type),
-            *(events.c.schema_version, events.c.data),
-            as_stored(events.c.recorded_at),
-            as_stored(events.c.digest),
-            streams.c.task_id,
-        )
-        .join_from(events, streams, events.c.stream_id == streams.c.stream_id, isouter=True)
-        .where(events.c.position <= stretch.last)
-        .order_by(events.c.position)
+# Statements are made once: to put them together for each stretch took a tenth of the time.
+_BEHIND: Final = events.c.position > sa.bindparam("after")
+_END: Final = sa.select(sa.func.max(events.c.position))
+_AHEAD: Final = (
+    sa.select(events.c.position)
+    .order_by(events.c.position)
+    .offset(sa.bindparam("few", type_=sa.Integer))
+    .limit(1)
+)
+_AHEAD_BEHIND: Final = _AHEAD.where(_BEHIND)
+_ROWS: Final = (
+    sa.select(
+        *(events.c.position, events.c.stream_id, events.c.version, events.c.type),
+        *(events.c.schema_version, events.c.data),
+        as_stored(events.c.recorded_at),
+        as_stored(events.c.digest),
+        streams.c.task_id,
     )
-    return rows if stretch.after is None else rows.where(events.c.position > stretch.after)
+    .join_from(events, streams, events.c.stream_id == streams.c.stream_id, isouter=True)
+    .where(events.c.position <= sa.bindparam("last"))
+    .order_by(events.c.position)
+)
+_ROWS_BEHIND: Final = _ROWS.where(_BEHIND)
+_ALTERING: Final = (
+    sa.select(events.c.position)
+    .where(_BEHIND, events.c.type.in_((Redacted.type, Archived.type)))
+    .limit(1)
+)
+_DIGEST: Final = sa.select(as_stored(events.c.digest)).where(
+    events.c.position == sa.bindparam("at")
+)
 
 
 def _altered_since(connection: Connection, end: int) -> bool:
     """Return whether what stands up to ``end`` may look otherwise than when that was the last."""
-    altering = events.c.type.in_((Redacted.type, Archived.type))
-    found = sa.select(events.c.position).where(events.c.position > end, altering).limit(1)
-    return connection.execute(found).first() is not None
+    return connection.execute(_ALTERING, {"after": end}).first() is not None
 
 
 def _digest_at(connection: Connection, position: int) -> bytes:
-    kept = sa.select(as_stored(events.c.digest)).where(events.c.position == position)
-    digest: object = connection.scalar(kept)
+    digest: object = connection.scalar(_DIGEST, {"at": position})
     return digest if isinstance(digest, bytes) else b""
 
 
