@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
@@ -395,7 +396,10 @@ class Attempt:
         match self._stopped.result():
             case Stop.TIME_LIMIT:
                 limit = self._call.task.limits.timeout_seconds
-                await self._fail(TimeLimitExceeded(f"the time limit of {limit:g} s was reached"))
+                message = (
+                    f"the time limit of an attempt, {limit:g} s, was reached: raise timeout_seconds"
+                )
+                await self._fail(TimeLimitExceeded(message))
             case Stop.CANCEL:
                 await self._stop_platform()
                 await self._end(
@@ -415,10 +419,15 @@ class Attempt:
 
     async def _hand_back(self) -> None:
         constraints = self._call.task.limits.model_dump(mode="json")
+        spent = self._spent()
 
         def back(state: TaskState) -> Sequence[Event]:
-            return after_interruption(state, constraints, policy=self._retry, handed_back=True)
+            return after_interruption(
+                state, constraints, policy=self._retry, handed_back=True, spent=spent
+            )
 
+        # Of a call that is picked up again nothing else says what it has used so far.
+        self._usage_at = -math.inf
         try:
             await self._append()
             async with self._appending:

@@ -31,7 +31,7 @@
             ├── ContentRefused
             ├── NotConfigured
             ├── OutputInvalid       the answer does not satisfy the task's ``output_schema``
-            └── TimeLimitExceeded   the task's own ``timeout_seconds`` ran out
+            └── TimeLimitExceeded   an attempt took longer than the task's ``timeout_seconds``
 
 Messages are one line each and say what happened, to what, and what to do about it.
 """
@@ -287,4 +287,4 @@ class OutputInvalid(FinalError):
 
 
 class TimeLimitExceeded(FinalError):
-    """The task's own ``timeout_seconds`` ran out; the partial output is kept."""
+    """An attempt took longer than the task's ``timeout_seconds``; the partial output is kept."""

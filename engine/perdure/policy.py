@@ -77,8 +77,9 @@ def after_failure(
     error_class = type(error).__name__
     message = clean_text(error.message) or error_class  # an error's text may hold anything
     request_id = None if error.request_id is None else clean_text(error.request_id)
-    # The time limit is the task's, not the platform's: there is no time left on any other one.
-    # And so is the schema that nothing can be checked against.
+    # The time limit is the task's, not the platform's. Each attempt has all of it, but nobody who
+    # has waited for so long waits for as long again. And so is the schema that nothing can be
+    # checked against.
     no_help = isinstance(error, TimeLimitExceeded) or _beyond_repair(error)
     last = state.platform == state.platforms[-1] or no_help
     following = _following(state, error, max_attempts, policy)
@@ -139,48 +140,71 @@ def after_interruption(
     *,
     policy: RetryPolicy,
     handed_back: bool = False,
+    spent: Spent | None = None,
 ) -> Sequence[Event]:
-    """Return what becomes of a running task whose worker is gone or gives it back."""
+    """Return what becomes of a running task whose worker is gone or gives it back.
+
+    Args:
+        state: Where it stands.
+        constraints: Those of the task, as they are stored.
+        policy: When to give up.
+        handed_back: Whether its worker gives it back, and nothing was lost.
+        spent: What the attempt has used, where its worker can still say; else it is what the log
+            says, and its price is unknown, as its outcome is.
+    """
     reattachable = state.accepted is not None and state.accepted.reattachable
     recovery = Recovery(constraints.get("recovery", Recovery.RESTART))
+    used = spent or Spent(state.usage)
     # What was handed back lost no worker: it doesn't count.
-    worn_out = not handed_back and state.interruptions + 1 > policy.max_interruptions
+    losses = state.interruptions + (not handed_back)
+    worn_out = not handed_back and losses >= policy.max_interruptions
 
     def interrupted(following: Any) -> Interrupted:  # noqa: ANN401 - one of Interrupted.next
+        paid = following != "reattach"  # else it is paid for once, when it ends
         return Interrupted(
             worker=state.worker or "",
             attempt=state.attempt,
             reason="handed_back" if handed_back else "worker_lost",
             outcome="reattachable" if reattachable else "unknown",
             next=following,
+            usage=used.usage if paid else None,
+            cost_usd=used.cost_usd if paid else None,
         )
 
     if state.cancel is not None:
-        ending = Cancelled(
-            by=state.cancel.by,
-            reason=state.cancel.reason,
-            output_length=state.length(),
-            usage=state.usage,
-        )
-        return interrupted("cancel"), ending
+        return interrupted("cancel"), cancelled(state, used, state.length())
     if worn_out or (recovery is Recovery.FAIL and not reattachable):
-        message = (
-            f"its worker was lost {state.interruptions + 1} times; it may be what kills it"
-            if worn_out
-            else "its worker was lost, and its constraints say recovery = fail"
-        )
-        ending_failed = Failed(
+        message = _lost_too_often(losses, policy) if worn_out else _not_again(handed_back)
+        failed = Failed(
             error_class="Interrupted",
             message=message,
             attempts=state.attempt,
             output_length=state.length(),
+            usage=used.usage,
+            cost_usd=used.cost_usd,
+            price_version=used.price_version,
         )
-        return interrupted("fail"), ending_failed
+        return interrupted("fail"), failed
     if reattachable:
         return (interrupted("reattach"),)
     if recovery is Recovery.CONTINUE and state.length() > 0:
         return (interrupted("continue"),)
     return (interrupted("restart"),)
+
+
+def _lost_too_often(losses: int, policy: RetryPolicy) -> str:
+    return (
+        f"its workers were lost {losses} times, and {policy.max_interruptions} is the limit: it "
+        "may be what kills them; `perdure log ID` shows when that was"
+    )
+
+
+def _not_again(handed_back: bool) -> str:
+    how = "was handed back by its worker, which was stopped" if handed_back else "lost its worker"
+    return (
+        f"it {how} in the middle of a call, whose outcome is unknown, and its constraints say "
+        "recovery = fail: look at `perdure log ID`, then run it again with `perdure retry ID`"
+    )
 
 
 def cancelled(state: TaskState, spent: Spent, output_length: int) -> Cancelled:

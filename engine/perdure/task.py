@@ -382,6 +382,8 @@ class Result(BaseModel):
     finish_reason: str | None = None
     model: str | None = None
     error_class: str | None = None
+    """The name of the error in `perdure.errors`; or `Interrupted`, where workers were lost too
+    often or `recovery` is "fail"; or `AdapterFault`, where the adapter has a fault."""
     attempts: int = 0
     parsed: Any = None
     """The output as a value, where the task has an `output_schema` and the output satisfies it, as

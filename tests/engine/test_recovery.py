@@ -101,6 +101,7 @@ async def test_it_begins_anew_where_nothing_else_was_said(db: Path, nursery: Nur
     task_id, _ = await crash(db, nursery, slow())
     lost = text_of(stored_events(db, task_id))
     assert lost
+    used = of_type(db, task_id, "usage")[-1]["usage"]
     (owner,) = {data["worker"] for data in of_type(db, task_id, "running")}
     result = await finish(db, task_id)
     assert (result.output, result.attempts) == (WORDS, 2)
@@ -111,6 +112,7 @@ async def test_it_begins_anew_where_nothing_else_was_said(db: Path, nursery: Nur
             "reason": "worker_lost",
             "outcome": "unknown",
             "next": "restart",
+            "usage": used,
         }
     ]
     modes = [data["mode"] for data in of_type(db, task_id, "running")]
@@ -371,7 +373,7 @@ async def test_a_task_that_kills_its_workers_is_given_up(db: Path, nursery: Nurs
     async with engine_on(db, DemoAdapter(), run=False) as engine:
         task_id = await engine.submit_task(slow())
         good = await engine.submit_task(demo("Good.", words=5, priority=9))
-    for _ in range(4):
+    for _ in range(3):
         child = nursery.start(
             "run", db=db, die="in the stream", settings={"concurrency": 1}, until_done=False
         )
@@ -380,8 +382,8 @@ async def test_a_task_that_kills_its_workers_is_given_up(db: Path, nursery: Nurs
         result = await engine.get_result(task_id, 30)
         assert (await engine.get_result(good, 30)).success
     assert (result.status, result.error_class) == (TaskStatus.FAILED, "Interrupted")
-    assert "lost 4 times" in str(result.error)
-    assert result.attempts == 4
+    assert "lost 3 times, and 3 is the limit" in str(result.error)
+    assert result.attempts == 3
     assert_sound(db)
 
 
@@ -406,6 +408,81 @@ async def test_what_was_paid_for_stays_counted(db: Path, nursery: Nursery) -> No
     assert result.usage.input_tokens == 2 * lost["input_tokens"]
     assert result.usage.output_tokens == lost["output_tokens"] + 60
     assert result.cost is None
+
+
+SOME = Usage(input_tokens=1000, output_tokens=100)
+MORE = Usage(input_tokens=1000, output_tokens=500)
+
+
+def priced(*steps: Any) -> ScriptedAdapter:
+    """Return a platform whose prices are known."""
+    return ScriptedAdapter(Accepted(model="gpt-4o"), *steps, prices="openai")
+
+
+async def price_of_more(db: Path) -> float:
+    """Return what an attempt that used so much costs."""
+    async with engine_on(db, priced("x", Completed(usage=MORE))) as engine:
+        cost = (await engine.get_result(await engine.submit_task(Task(prompt="?")), 30)).cost
+    assert cost is not None
+    return cost
+
+
+@pytest.mark.parametrize("recovery", [Recovery.RESTART, Recovery.CONTINUE])
+async def test_what_was_used_before_handing_back_is_paid_for(db: Path, recovery: Recovery) -> None:
+    """Tokens that were told just before, and their price, are part of the sum."""
+    cost = await price_of_more(db)
+    rarely = {"timing": replace(FAST.timing, usage_interval=60.0)}
+    hold = Hold()
+    first = priced("one ", UsageReported(usage=SOME), 0.1, UsageReported(usage=MORE), hold)
+    constraints = TaskConstraints(recovery=recovery)
+    async with engine_on(db, first, settings=rarely) as engine:
+        task_id = await engine.submit_task(Task(prompt="?", constraints=constraints))
+        await hold.reached.wait()
+    (interrupted,) = of_type(db, task_id, "interrupted")
+    assert (interrupted["usage"]["output_tokens"], interrupted["cost_usd"]) == (500, cost)
+    async with engine_on(db, priced("two", Completed(usage=MORE))) as engine:
+        result = await engine.get_result(task_id, 30)
+    assert (result.usage.input_tokens, result.usage.output_tokens) == (2000, 1000)
+    assert result.cost == pytest.approx(2 * cost)
+    assert_sound(db)
+
+
+async def test_a_call_that_is_picked_up_is_paid_for_once(db: Path) -> None:
+    """When it ends; what it had used before is known meanwhile, should nobody ever pick it up."""
+    cost = await price_of_more(db)
+    rarely = {"timing": replace(FAST.timing, usage_interval=60.0)}
+    hold = Hold()
+    begun = Accepted(response_id="resp_1", model="gpt-4o", reattachable=True)
+    first = ScriptedAdapter(
+        *(begun, "one ", UsageReported(usage=SOME), 0.1, UsageReported(usage=MORE), hold),
+        prices="openai",
+    )
+    async with engine_on(db, first, settings=rarely) as engine:
+        task_id = await engine.submit_task(Task(prompt="?"))
+        await hold.reached.wait()
+    (interrupted,) = of_type(db, task_id, "interrupted")
+    assert "usage" not in interrupted
+    assert of_type(db, task_id, "usage")[-1]["usage"]["output_tokens"] == 500
+    async with engine_on(db, priced("two", Completed(usage=MORE))) as engine:
+        result = await engine.get_result(task_id, 30)
+    assert (result.usage.output_tokens, result.cost) == (500, cost)
+    assert_sound(db)
+
+
+async def test_closing_fails_what_may_not_be_asked_again(db: Path) -> None:
+    """The error says that it was handed back, and what it had cost is known."""
+    cost = await price_of_more(db)
+    hold = Hold()
+    constraints = TaskConstraints(recovery=Recovery.FAIL)
+    async with engine_on(db, priced("one", UsageReported(usage=MORE), hold)) as engine:
+        task_id = await engine.submit_task(Task(prompt="?", constraints=constraints))
+        await hold.reached.wait()
+    async with engine_on(db, run=False) as engine:
+        result = await engine.get_result(task_id, 30)
+    assert (result.status, result.error_class) == (TaskStatus.FAILED, "Interrupted")
+    assert str(result.error).startswith("it was handed back by its worker")
+    assert (result.partial_output, result.cost, result.tokens_used) == ("one", cost, 1500)
+    assert_sound(db)
 
 
 async def test_many_tasks_of_one_dead_worker(db: Path, nursery: Nursery) -> None:

@@ -480,7 +480,7 @@ class TwoEngines(RuleBasedStateMachine):
     def interrupted(self, task: ModelTask, *, handed_back: bool) -> None:
         """Note what becomes of a task that is taken from its worker."""
         task.losses += not handed_back
-        worn_out = not handed_back and task.losses > POLICY.max_interruptions
+        worn_out = not handed_back and task.losses >= POLICY.max_interruptions
         fails = worn_out or (task.recovery == "fail" and not task.reattachable)
         if task.cancel or fails:
             task.wait("interrupted", "restart", self.now)

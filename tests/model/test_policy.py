@@ -124,7 +124,7 @@ class TestAfterFailure:
         )
 
     def test_out_of_time(self) -> None:
-        """The time limit is the task's: there is no time left on any other platform."""
+        """Who has waited that long for one platform isn't made to wait for another."""
         assert isinstance(fail(running(), TimeLimitExceeded("300 s")), Failed)
 
     @pytest.mark.parametrize(
@@ -283,15 +283,70 @@ class TestAfterInterruption:
             next=then,  # type: ignore[arg-type]
         )
 
-    def test_fails(self) -> None:
-        """With recovery = fail it ends, the partial output counted, the outcome unknown."""
+    @pytest.mark.parametrize(
+        ("handed_back", "says"), [(True, "it was handed back"), (False, "it lost its worker")]
+    )
+    def test_fails(self, *, handed_back: bool, says: str) -> None:
+        """With recovery = fail it ends, and says truly why, and what can be done about it."""
         state = running(lengths={"text": 5})
-        lost, end = after_interruption(state, {"recovery": "fail"}, policy=RetryPolicy())
+        lost, end = after_interruption(
+            state, {"recovery": "fail"}, policy=RetryPolicy(), handed_back=handed_back
+        )
 
         assert isinstance(lost, Interrupted)
         assert (lost.next, lost.outcome) == ("fail", "unknown")
         assert isinstance(end, Failed)
         assert (end.error_class, end.attempts, end.output_length) == ("Interrupted", 1, 5)
+        assert end.message.startswith(says)
+        for part in (
+            "whose outcome is unknown",
+            "recovery = fail",
+            "`perdure log ID`",
+            "`perdure retry ID`",
+        ):
+            assert part in end.message
+
+    @pytest.mark.parametrize(
+        ("fields", "recovery", "then"),
+        [
+            ({}, "restart", "restart"),
+            ({"lengths": {"text": 5}}, "continue", "continue"),
+            ({}, "fail", "fail"),
+            ({"cancel": CancelRequested(by="me")}, "restart", "cancel"),
+            ({"accepted": REATTACHABLE, "cancel": CancelRequested(by="me")}, "restart", "cancel"),
+        ],
+    )
+    def test_what_was_spent(self, fields: dict[str, Any], recovery: str, then: str) -> None:
+        """A worker that hands back says what the attempt has used, and it is counted once."""
+        state = running(usage=Usage(output_tokens=1), **fields)
+        events = after_interruption(
+            state, {"recovery": recovery}, policy=RetryPolicy(), handed_back=True, spent=SPENT
+        )
+        first, *endings = events
+        assert isinstance(first, Interrupted)
+        assert (first.next, first.usage, first.cost_usd) == (then, SPENT.usage, 0.5)
+        for end in endings:
+            assert isinstance(end, (Cancelled, Failed))
+            assert (end.usage, end.cost_usd, end.price_version) == (SPENT.usage, 0.5, "prices 1")
+        for event in events:
+            state = evolve(state, event, NOW)
+        assert (state.total_usage, state.total_cost) == (SPENT.usage, 0.5)
+
+    def test_what_a_lost_worker_spent(self) -> None:
+        """It is what the log says; the price of a call whose outcome is unknown is unknown."""
+        used = Usage(input_tokens=2, output_tokens=1)
+        (event,) = after_interruption(running(usage=used), {}, policy=RetryPolicy())
+        assert isinstance(event, Interrupted)
+        assert (event.usage, event.cost_usd) == (used, None)
+        assert evolve(running(usage=used), event, NOW).total_cost is None
+
+    def test_a_call_that_goes_on_is_not_paid_for_yet(self) -> None:
+        """It is when it ends."""
+        (event,) = after_interruption(
+            running(accepted=REATTACHABLE), {}, policy=RetryPolicy(), handed_back=True, spent=SPENT
+        )
+        assert isinstance(event, Interrupted)
+        assert (event.next, event.usage, event.cost_usd) == ("reattach", None, None)
 
     def test_was_being_cancelled(self) -> None:
         """A task whose cancellation was asked for ends as cancelled, by whom and why."""
@@ -310,12 +365,13 @@ class TestAfterInterruption:
 
     def test_kills_its_workers(self) -> None:
         """A task whose workers are lost too often ends, even if its call could be picked up."""
-        policy = RetryPolicy(max_interruptions=2)
+        policy = RetryPolicy(max_interruptions=3)
         assert len(after_interruption(running(interruptions=1), {}, policy=policy)) == 1
         state = running(interruptions=2, accepted=REATTACHABLE)
         _lost, end = after_interruption(state, {}, policy=policy)
         assert isinstance(end, Failed)
-        assert "3 times" in end.message
+        assert "lost 3 times, and 3 is the limit" in end.message
+        assert "`perdure log ID`" in end.message
 
     def test_handed_back(self) -> None:
         """A task that was handed back goes on in the same way, and says that nothing was lost."""
@@ -325,7 +381,7 @@ class TestAfterInterruption:
 
     def test_handing_back_wears_nothing_out(self) -> None:
         """However often it was handed back, a task isn't taken for what kills workers."""
-        policy = RetryPolicy(max_interruptions=1)
+        policy = RetryPolicy(max_interruptions=2)
         state = running()
         for _ in range(3):
             (event,) = after_interruption(state, {}, policy=policy, handed_back=True)

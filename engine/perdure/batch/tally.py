@@ -89,7 +89,9 @@ class Failures:
     """Failed tasks of one class of error.
 
     Attributes:
-        error_class: Its name, as in `perdure.errors`.
+        error_class: Its name: that of an error in `perdure.errors`; `Interrupted`, where the task's
+            workers were lost too often, or `recovery` is "fail"; `AdapterFault`, where an adapter
+            raised what is no error of `perdure.errors`.
         tasks: How many.
         example: One of their messages.
     """
