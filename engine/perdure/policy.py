@@ -6,15 +6,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from perdure.errors import OutputInvalid, PlatformError, TimeLimitExceeded
+from perdure.errors import InvalidConfig, OutputInvalid, PlatformError, TimeLimitExceeded
 from perdure.events import AttemptFailed, Cancelled, Event, Failed, Interrupted
 from perdure.lifecycle import TaskState
 from perdure.task import Recovery, Usage
 from perdure.text import clean_text
 
 __all__ = ["RetryPolicy", "after_failure", "after_interruption", "cancelled"]
+
+# A year: whatever is longer is a mistake, and too long for dates in the end.
+LONGEST_WAIT_SECONDS: Final = 366 * 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,9 @@ class RetryPolicy:
         max_repairs: How often an answer that isn't what was asked for may be handed back.
         max_interruptions: A task whose workers are lost that often ends as failed: it may be what
             kills them.
+
+    Raises:
+        InvalidConfig: A number is none that can be followed; the message names the field.
     """
 
     base_seconds: float = 1.0
@@ -35,6 +41,22 @@ class RetryPolicy:
     retry_after_cap_seconds: float = 600.0
     max_interruptions: int = 50
     max_repairs: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("base_seconds", "cap_seconds", "retry_after_cap_seconds"):
+            value: object = getattr(self, name)
+            number = -1 if isinstance(value, bool) or not isinstance(value, (int, float)) else value
+            if not 0 <= number <= LONGEST_WAIT_SECONDS:
+                raise InvalidConfig(
+                    f"RetryPolicy.{name} has to be a number of seconds from 0 to "
+                    f"{LONGEST_WAIT_SECONDS:.0f}, not {value!r}"
+                )
+        for name, least in (("max_interruptions", 1), ("max_repairs", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InvalidConfig(
+                    f"RetryPolicy.{name} has to be a whole number, {least} or more, not {value!r}"
+                )
 
     def wait(self, failures: int, retry_after: float | None, chance: float) -> float:
         """Return how many seconds to wait after the ``failures``-th failure in a row.

@@ -15,6 +15,7 @@ from perdure.errors import (
     ConnectionLost,
     ContentRefused,
     FinalError,
+    InvalidConfig,
     InvalidRequest,
     NotConfigured,
     OutputInvalid,
@@ -245,6 +246,30 @@ class TestWaiting:
 
         event = fail(running(), RateLimited("slow", retry_after=asked))
         assert isinstance(decode(*encode(event)), AttemptFailed)
+
+    @pytest.mark.parametrize("field", ["base_seconds", "cap_seconds", "retry_after_cap_seconds"])
+    @pytest.mark.parametrize("value", [-1, -0.001, float("inf"), float("nan"), 1e12, "1", True])
+    def test_no_wait(self, field: str, value: Any) -> None:
+        """What is no wait, or one without an end, is refused when the policy is made."""
+        with pytest.raises(InvalidConfig, match=f"RetryPolicy.{field} .* not {value!r}"):
+            RetryPolicy(**{field: value})
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            *(("max_interruptions", value) for value in (0, -1, 1.5, float("inf"), "2", True)),
+            *(("max_repairs", value) for value in (-1, 0.5, None, False)),
+        ],
+    )
+    def test_no_number(self, field: str, value: Any) -> None:
+        """Neither are counts that are none."""
+        with pytest.raises(InvalidConfig, match=f"RetryPolicy.{field} .* not {value!r}"):
+            RetryPolicy(**{field: value})
+
+    def test_the_least(self) -> None:
+        """Not to wait at all is a policy, and to repair nothing."""
+        policy = RetryPolicy(0, 0.0, 0, max_interruptions=1, max_repairs=0)
+        assert policy.wait(3, 10.0, 1.0) == 0
 
 
 REATTACHABLE = Accepted(response_id="r1", reattachable=True)
