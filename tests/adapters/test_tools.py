@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -21,17 +22,18 @@ JSON = st.recursive(
     st.lists(
         st.tuples(st.text(), st.text(), st.dictionaries(st.text(), JSON), st.booleans()), max_size=3
     ),
-    st.data(),
+    st.lists(st.integers(1, 30), min_size=1),
 )
-def test_each_line_is_a_call(calls: list[tuple[str, str, Any, bool]], data: st.DataObject) -> None:
+def test_each_line_is_a_call(calls: list[tuple[str, str, Any, bool]], sizes: list[int]) -> None:
     """However arguments are cut, and if they are spread over lines, each call is one line."""
     text = ToolCallText()
     written = ""
+    cuts = itertools.cycle(sizes)
     for id_, name, arguments, spread in calls:
         written += text.begin(id_, name)
         rest = json.dumps(arguments, indent=2 if spread else None)
         while rest:
-            cut = data.draw(st.integers(1, len(rest)))
+            cut = next(cuts)
             written += text.arguments(rest[:cut])
             rest = rest[cut:]
     written += text.close()
