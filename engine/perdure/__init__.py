@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         StreamTruncated,
         TaskArchived,
         TaskNotFound,
+        TasksUnreadable,
         TimeLimitExceeded,
         UnknownPlatform,
     )
@@ -162,6 +163,7 @@ __all__ = [
     "TaskRecord",
     "TaskStatus",
     "TaskType",
+    "TasksUnreadable",
     "TextChunk",
     "TimeLimitExceeded",
     "Timing",
@@ -218,6 +220,7 @@ _HOMES = {
         "StreamTruncated",
         "TaskArchived",
         "TaskNotFound",
+        "TasksUnreadable",
         "TimeLimitExceeded",
         "UnknownPlatform",
     ),

@@ -16,7 +16,8 @@
     ├── StoreError
     │   ├── DatabaseUnavailable  locked, full, unreachable or not writable
     │   ├── DatabaseIncompatible not ours, or of a newer perdure
-    │   └── DatabaseCorrupt      what is stored can't be what was written
+    │   ├── DatabaseCorrupt      what is stored can't be what was written
+    │   └── TasksUnreadable      all others were run; each of these is one of the two above
     └── PlatformError            what adapters raise; carries status, request id, retry_after
         ├── RetryableError
         │   ├── RateLimited
@@ -39,6 +40,7 @@ Messages are one line each and say what happened, to what, and what to do about 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import Any, Self
 
 from perdure.text import clean_text
@@ -72,6 +74,7 @@ __all__ = [
     "StreamTruncated",
     "TaskArchived",
     "TaskNotFound",
+    "TasksUnreadable",
     "TimeLimitExceeded",
     "UnknownPlatform",
 ]
@@ -184,6 +187,20 @@ class DatabaseIncompatible(StoreError):
 
 class DatabaseCorrupt(StoreError):
     """What is stored can't be what was written."""
+
+
+class TasksUnreadable(StoreError):
+    """Some tasks were left alone, since what the log has of them can't be read by this perdure.
+
+    Attributes:
+        task_ids: Which.
+    """
+
+    def __init__(self, task_ids: Sequence[str], error: StoreError) -> None:
+        first, *others = task_ids
+        which = f"{first} was" if not others else f"{first} and {len(others):,} more were"
+        super().__init__(f"{which} left alone, all else is done: {error}")
+        self.task_ids = tuple(task_ids)
 
 
 class PlatformError(PerdureError):

@@ -12,11 +12,11 @@ import logging
 import math
 import random
 import secrets
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from perdure.adapter import Call, LoadedFile, Resume
 from perdure.attempt import Attempt, Stop, Timing
@@ -28,9 +28,8 @@ from perdure.errors import (
     PerdureError,
     PlatformError,
     StoreError,
+    TasksUnreadable,
 )
-from perdure.events import Event
-from perdure.lifecycle import TaskState
 from perdure.platforms import Platforms
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption
 from perdure.store import claims
@@ -38,7 +37,7 @@ from perdure.store.claims import Census, Claimed, Scope
 from perdure.store.content import blob_digests, restore
 from perdure.store.database import Database
 from perdure.store.log import EventLog
-from perdure.store.scoping import NamedTasks
+from perdure.store.scoping import NamedTasks, Unreadable
 from perdure.task import Attachment, Task
 
 __all__ = ["Worker", "WorkerSettings"]
@@ -95,6 +94,7 @@ class Worker:
         self._scope = scope or Scope()
         named = self._scope.task_ids
         self._named = None if named is None else NamedTasks(named)
+        self._unreadable = Unreadable()
         self._database = database
         self._log = log
         self._platforms = platforms
@@ -123,11 +123,13 @@ class Worker:
     def scope(self) -> Scope:
         """Which tasks it runs: those of its scope whose platform this process has.
 
-        Where it names tasks, they leave it some time after they have ended.
+        Where it names tasks, they leave it some time after they have ended. Those that turn out to
+        be unreadable are excluded.
         """
         platforms = self._scope.platforms or self._platforms.names
         named = None if self._named is None else self._named.task_ids
-        return Scope(platforms, self._scope.batch, named)
+        excluded = self._scope.excluded | self._unreadable.task_ids
+        return Scope(platforms, self._scope.batch, named, excluded)
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -170,6 +172,8 @@ class Worker:
             until_done: As `stop_when_done`, from the beginning.
 
         Raises:
+            TasksUnreadable: It was to end when all is done, and all is, but for some tasks that
+                this perdure can't read.
             StoreError: The database can't do its part any more.
         """
         self._until_done = self._until_done or until_done
@@ -185,6 +189,7 @@ class Worker:
                 began = await self._begin_due()
                 idle = not began and not self._running
                 if idle and self._until_done and await self._nothing_left():
+                    await self._check_all_were_read()
                     break
                 if not (began and self._more) or len(self._running) >= self.settings.concurrency:
                     await self._sleep()
@@ -243,8 +248,10 @@ class Worker:
         self._due = _NOT_LOOKED
         models = {name: a.default_model for name, a in self._platforms.made.items()}
         claimed, head = await self._log.write_last(
-            lambda tx: claims.claim(tx, self.worker_id, free, scope, models)
+            lambda tx: claims.claim(tx, self.worker_id, free, scope, models, self._unreadable)
         )
+        if not self._unreadable.task_ids <= scope.excluded:
+            self.wake()  # they may have taken the place of others that are due
         self._more = self._more or len(claimed) == free
         self._in_vain = looked and not claimed
         if looked:  # so long others that look see what is claimed here
@@ -332,6 +339,16 @@ class Worker:
     async def _nothing_left(self) -> bool:
         return await claims.unfinished(self._database, self.scope) == 0
 
+    async def _check_all_were_read(self) -> None:
+        """Raise the error for tasks of the scope that are left since they can't be read."""
+        unreadable = self._unreadable.task_ids
+        if unreadable:
+            scope = self.scope
+            named = unreadable if scope.task_ids is None else unreadable & scope.task_ids
+            left = replace(scope, task_ids=named, excluded=self._scope.excluded)
+            if ids := await claims.unfinished_ids(self._database, left):
+                raise TasksUnreadable(ids, self._unreadable[ids[0]])
+
     # -- running ---------------------------------------------------------------------------------
 
     async def _carry_out(self, claimed: Claimed, head: int) -> None:
@@ -390,7 +407,8 @@ class Worker:
             await self._log.append(claimed.task_id, (event,), claimed.state.version)
         except ConcurrencyError:
             # Someone asked for its cancellation meanwhile; whoever recovers it sees to that.
-            await self._log.write(partial(_recover_one, claimed, self.settings.retry))
+            decide = partial(after_interruption, policy=self.settings.retry)
+            await self._log.write(lambda tx: claims.recover_one(tx, claimed, decide))
 
     # -- being alive -----------------------------------------------------------------------------
 
@@ -454,20 +472,12 @@ class Worker:
                 continue
             decide = partial(after_interruption, policy=self.settings.retry)
             while taken := await self._log.write(
-                lambda tx, lost=lost, decide=decide: claims.recover(tx, lost, decide)  # type: ignore[misc]
+                lambda tx, lost=lost, decide=decide: claims.recover(  # type: ignore[misc]
+                    tx, lost, decide, self._unreadable
+                )
             ):
                 recovered += taken
         return recovered
-
-
-def _recover_one(claimed: Claimed, policy: RetryPolicy, tx: Any) -> None:  # noqa: ANN401
-    fold = tx.fold(claimed.task_id)
-    state: TaskState | None = None if fold is None else fold.state
-    if state is None or state.worker != claimed.state.worker or state.status.ended:
-        return
-    constraints: Mapping[str, Any] = claimed.submitted.task.get("constraints") or {}
-    events: Sequence[Event] = after_interruption(state, constraints, policy=policy)
-    tx.append(claimed.task_id, events, state.version)
 
 
 def _resume(claimed: Claimed) -> Resume | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -430,6 +431,38 @@ def test_resume_runs_everything_that_is_left(perdure: Perdure, database: Path) -
         "cancelled": 0,
     }
     assert perdure("resume").code == 0
+
+
+@pytest.mark.parametrize("command", ["resume", "run", "worker"])
+def test_what_can_not_be_read_is_not_done(
+    perdure: Perdure, rows: Path, database: Path, tmp_path: Path, command: str
+) -> None:
+    """A newer perdure wrote it: the others run, stderr says which did not and why, exit code 3."""
+    submitted = perdure("submit", rows, "--platform", "demo", "--option", "words=5").lines
+    with sqlite3.connect(database) as connection:
+        connection.execute("UPDATE log_head SET position = position + 1")
+        connection.execute("UPDATE streams SET version = 2 WHERE task_id = ?", (submitted[0],))
+        connection.execute(
+            "INSERT INTO events SELECT position, stream_id, version, 'invented', 1, '{}', "
+            "'2026-11-22T00:00:00.000000Z', digest FROM log_head, streams WHERE version = 2"
+        )
+    connection.close()
+    out = tmp_path / "results.jsonl"
+    arguments = {
+        "resume": ["resume"],
+        "worker": ["worker", "--until-done"],
+        "run": ["run", rows, "--platform", "demo", "--option", "words=5", "--out", out],
+    }
+    ended = perdure(*arguments[command])
+    assert ended.code == 3
+    once, at_the_end = complaints(ended)
+    assert once.startswith(f"perdure: {submitted[0]} is left alone: ")
+    assert f"{submitted[0]} was left alone, all else is done" in at_the_end
+    assert at_the_end.endswith("upgrade perdure")
+    assert f"{len(submitted) - 1} completed, 0 failed, 0 cancelled, 1 not done" in ended.err
+    if command == "run":
+        results = [json.loads(line) for line in out.read_text().splitlines()]
+        assert sum(result["status"] == "completed" for result in results) == len(submitted) - 1
 
 
 @pytest.mark.parametrize("command", ["resume", "cancel", "retry"])

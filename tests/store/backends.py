@@ -29,6 +29,7 @@ from perdure.events import Event, Running, Submitted
 from perdure.store.database import Database
 from perdure.store.log import EventLog
 from perdure.store.postgresql import PostgresqlWriter
+from perdure.store.schema import events, log_head, streams
 from perdure.store.sqlite import SqliteWriter
 from servers.postgresql import Server
 
@@ -72,6 +73,37 @@ async def opened(url: str) -> AsyncGenerator[Store, None]:
     finally:
         await log.close()
         await database.close()
+
+
+def append_newer(url: str, *task_ids: str) -> None:
+    """Append an event that only a newer perdure knows to each stream, as one does."""
+    writer = Database(url).writer()
+    for task_id in task_ids:
+        with writer.transaction() as connection:
+            place = connection.scalar(
+                sa.update(log_head)
+                .values(position=log_head.c.position + 1)
+                .returning(log_head.c.position)
+            )
+            stream_id, version = connection.execute(
+                sa.update(streams)
+                .where(streams.c.task_id == task_id)
+                .values(version=streams.c.version + 1)
+                .returning(streams.c.stream_id, streams.c.version)
+            ).one()
+            connection.execute(
+                sa.insert(events).values(
+                    position=place,
+                    stream_id=stream_id,
+                    version=version,
+                    type="invented",
+                    schema_version=1,
+                    data="{}",
+                    recorded_at=writer.now(),
+                    digest=bytes(32),
+                )
+            )
+    writer.close()
 
 
 History = tuple[str, list[tuple[Event, ...]]]

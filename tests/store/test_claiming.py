@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from perdure.events import Running
+from perdure.events import Interrupted, Running
 from perdure.store import claims
 from perdure.store.claims import Claimed, Scope
+from perdure.store.scoping import Unreadable
 from perdure.store.transaction import Transaction
-from store.backends import Backend, Store, opened, submitted
+from store.backends import Backend, Store, append_newer, opened, submitted
 from store.checks import assert_sound
 
 ALL = Scope(("demo",))
@@ -110,7 +112,7 @@ async def test_of_any_number_of_named_tasks(store: Store) -> None:
     await _registered(store)
     for name in ("named", "other"):
         await store.submit(name)
-    many = frozenset({"named", *(f"demo_20260101_{n:08x}" for n in range(260_000))})
+    many = frozenset({"named", *(f"demo_20260101_{n:08x}" for n in range(70_000))})
     scope = Scope(("demo",), task_ids=many)
     due = await claims.next_due(store.database, scope)
     assert due is not None
@@ -119,6 +121,43 @@ async def test_of_any_number_of_named_tasks(store: Store) -> None:
     ((claimed,), _head) = await store.log.write_last(taking(9, scope))
     assert claimed.task_id == "named"
     assert await claims.next_due(store.database, scope) is None
+
+
+async def test_what_can_not_be_read_is_left_alone(store: Store, database_url: str) -> None:
+    """It takes the place of others only once, and its owner's other tasks are taken over."""
+    await _registered(store)
+    for name, priority in (("newer", 0), ("next", 5)):
+        await store.submit(name, priority=priority)
+    for name in ("runs", "newer, runs"):
+        await store.start(name)
+    append_newer(database_url, "newer", "newer, runs")
+    unreadable = Unreadable()
+
+    def take(scope: Scope) -> Any:
+        return lambda tx: claims.claim(tx, "worker", 1, scope, MODELS, unreadable)
+
+    assert (await store.log.write_last(take(ALL)))[0] == []
+    assert unreadable.task_ids == {"newer"}
+    left = replace(ALL, excluded=unreadable.task_ids)
+    ((claimed,), _head) = await store.log.write_last(take(left))
+    assert claimed.task_id == "next"
+    assert await claims.next_due(store.database, left) is None
+    assert await claims.unfinished_ids(store.database, ALL) == [
+        *("newer", "next", "runs", "newer, runs")
+    ]
+
+    def recover(tx: Transaction) -> int:
+        return claims.recover(tx, "w", lambda _state, _asked: [INTERRUPTED], unreadable)
+
+    assert [await store.log.write(recover) for _ in range(2)] == [1, 0]
+    assert unreadable.task_ids == {"newer", "newer, runs"}
+    ((again,), _head) = await store.log.write_last(take(left))
+    assert again.task_id == "runs"
+
+
+INTERRUPTED = Interrupted(
+    attempt=1, worker="w", reason="worker_lost", outcome="unknown", next="restart"
+)
 
 
 async def test_each_task_once(database_url: str) -> None:

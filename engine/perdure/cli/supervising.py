@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from perdure.cli.figures import things
 from perdure.cli.interrupts import Interrupts, any_of
-from perdure.cli.terminal import say
+from perdure.cli.terminal import complain, say
+from perdure.errors import TasksUnreadable
 
 if TYPE_CHECKING:
     from perdure.engine import Engine
@@ -50,7 +51,10 @@ async def supervise(
         await _end(fed)
         if not running.done():
             await _stop(engine, interrupts, running)
-        running.result()
+        try:
+            running.result()
+        except TasksUnreadable as error:  # they are counted among what is not done
+            complain(str(error))
     finally:
         await _end(fed)
         if not running.done():

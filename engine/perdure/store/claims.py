@@ -15,12 +15,14 @@ from typing import Any, Final, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from perdure.errors import DatabaseCorrupt, DatabaseIncompatible
 from perdure.events import Event, Running, Submitted, decode
 from perdure.lifecycle import TaskState
 from perdure.store.database import Database
 from perdure.store.direct import Statement, has_one_of, is_among
 from perdure.store.projection import TaskFold
 from perdure.store.schema import blobs, events, streams, tasks, workers
+from perdure.store.scoping import Unreadable
 from perdure.store.transaction import IN_LIMIT, Transaction, chunks_of
 from perdure.task import TaskStatus
 from perdure.unchecked import unchecked
@@ -39,8 +41,10 @@ __all__ = [
     "look_around",
     "next_due",
     "recover",
+    "recover_one",
     "register_worker",
     "unfinished",
+    "unfinished_ids",
 ]
 
 
@@ -52,11 +56,13 @@ class Scope:
         platforms: Only these platforms' tasks.
         batch: Only this batch's tasks.
         task_ids: Only these tasks.
+        excluded: But not these tasks.
     """
 
     platforms: tuple[str, ...] | None = None
     batch: str | None = None
     task_ids: frozenset[str] | None = None
+    excluded: frozenset[str] = frozenset()
 
     def conditions(self) -> list[sa.ColumnElement[bool]]:
         """Return the scope as SQL."""
@@ -67,6 +73,8 @@ class Scope:
             found.append(tasks.c.batch == self.batch)
         if self.task_ids is not None:
             found.append(has_one_of(tasks.c.task_id, self.task_ids))
+        if self.excluded:
+            found.append(sa.not_(has_one_of(tasks.c.task_id, self.excluded)))
         return found
 
     def has(self, fold: TaskFold, asked: Submitted) -> bool:
@@ -75,6 +83,7 @@ class Scope:
             (self.platforms is None or fold.state.platform in self.platforms)
             and (self.batch is None or asked.task.get("batch") == self.batch)
             and (self.task_ids is None or fold.task_id in self.task_ids)
+            and fold.task_id not in self.excluded
         )
 
 
@@ -102,6 +111,7 @@ def claim(
     limit: int,
     scope: Scope,
     models: Mapping[str, str | None],
+    unreadable: Unreadable | None = None,
 ) -> list[Claimed]:
     """Take up to ``limit`` due tasks, by priority, then age: two workers can't get the same one.
 
@@ -113,12 +123,14 @@ def claim(
         limit: How many at most.
         scope: Which ones.
         models: Platform -> the model to use where a task names none.
+        unreadable: Is told of tasks that are due and can't be read. They are left alone, and take
+            the place of others unless the scope excludes them.
     """
     due = _due_tasks(tx, scope, limit)
     fresh = _due_at_once(tx, scope)
     if fresh:  # they are younger, so those that are equal stay in order
         due = sorted([*due, *((task_id, fresh[task_id][0]) for task_id in fresh)], key=_priority)
-    folds = _folds(tx, [task_id for task_id, _priority in due[:limit]])
+    folds = _folds(tx, [task_id for task_id, _priority in due[:limit]], unreadable)
     asked = _submitted(tx, folds.values(), {one: fresh[one][1] for one in fresh})
     claimed: list[Claimed] = []
     for task_id, fold in folds.items():
@@ -168,22 +180,28 @@ def _due_tasks(tx: Transaction, scope: Scope, limit: int) -> list[tuple[str, int
         given[tasks.c.platform] = scope.platforms
     if scope.task_ids is not None:
         given[tasks.c.task_id] = scope.task_ids
-    rows = _due(tuple(given)).rows(tx.connection, tx.at, limit, *given.values())
+    excluded = (scope.excluded,) if scope.excluded else ()
+    statement = _due(tuple(given), some_excluded=bool(excluded))
+    rows = statement.rows(tx.connection, tx.at, limit, *given.values(), *excluded)
     return [(task_id, priority) for task_id, priority in rows]
 
 
 @cache
-def _due(restricted: tuple[sa.Column[Any], ...]) -> Statement:
+def _due(restricted: tuple[sa.Column[Any], ...], *, some_excluded: bool) -> Statement:
     """Return the statement for what is due, where some columns have one of the values given.
 
     The batch is only one, and equal to it: so its tasks are found in the order asked for.
     """
-    conditions = (
+    conditions = [
         column == sa.bindparam("of_batch")
         if column is tasks.c.batch
         else is_among(column, f"of_{column.name}", many=column is tasks.c.task_id)
         for column in restricted
-    )
+    ]
+    names = [f"of_{column.name}" for column in restricted]
+    if some_excluded:
+        conditions.append(sa.not_(is_among(tasks.c.task_id, "excluded", many=True)))
+        names.append("excluded")
     return Statement(
         sa.select(tasks.c.task_id, tasks.c.priority)
         .where(
@@ -196,7 +214,7 @@ def _due(restricted: tuple[sa.Column[Any], ...]) -> Statement:
         .limit(sa.bindparam("most", type_=sa.Integer()))
         # The stream is what everyone locks first, before any row of `tasks`.
         .with_for_update(skip_locked=True, of=streams),
-        ("now", "most", *(f"of_{column.name}" for column in restricted)),
+        ("now", "most", *names),
     )
 
 
@@ -208,10 +226,26 @@ _FIRST_EVENTS: Final = Statement(
 )
 
 
-def _folds(tx: Transaction, task_ids: Sequence[str]) -> dict[str, TaskFold]:
+def _folds(
+    tx: Transaction, task_ids: Sequence[str], unreadable: Unreadable | None
+) -> dict[str, TaskFold]:
+    """Return the folds of these streams, without those that this perdure can't read."""
     tx.prefetch(task_ids)
-    found = {task_id: tx.fold(task_id) for task_id in task_ids}
-    return {task_id: fold for task_id, fold in found.items() if fold is not None}
+    found: dict[str, TaskFold] = {}
+    for task_id in task_ids:
+        try:
+            found[task_id] = _fold(tx, task_id)
+        except (DatabaseCorrupt, DatabaseIncompatible) as error:
+            if unreadable is not None:
+                unreadable.note(task_id, error)
+    return found
+
+
+def _fold(tx: Transaction, task_id: str) -> TaskFold:
+    fold = tx.fold(task_id)
+    if fold is None:
+        raise DatabaseCorrupt(f"{task_id} has a row and no events: run `perdure verify`")
+    return fold
 
 
 def _submitted(
@@ -253,6 +287,16 @@ def _next_due(scope: Scope) -> sa.Select[Any]:
 async def unfinished(database: Database, scope: Scope) -> int:
     """Return how many tasks of the scope are pending or running, whoever runs them."""
     return sum(row["tasks"] for row in await database.rows(left_by_status(scope)))
+
+
+async def unfinished_ids(database: Database, scope: Scope) -> list[str]:
+    """Return which tasks of the scope are pending or running, the oldest first."""
+    rows = await database.rows(
+        sa.select(tasks.c.task_id)
+        .where(tasks.c.status.in_(("pending", "running")), *scope.conditions())
+        .order_by(tasks.c.stream_id)
+    )
+    return [row["task_id"] for row in rows]
 
 
 def left_by_status(scope: Scope) -> sa.CompoundSelect[str, int]:
@@ -408,11 +452,12 @@ def _pid_exists(pid: int) -> bool:
 
 _BATCH: Final = 200
 
+# Returns what to write for a task that its worker has lost, from its state and its constraints.
+Decide = Callable[[TaskState, Mapping[str, Any]], Sequence[Event]]
+
 
 def recover(
-    tx: Transaction,
-    lost: str,
-    decide: Callable[[TaskState, Mapping[str, Any]], Sequence[Event]],
+    tx: Transaction, lost: str, decide: Decide, unreadable: Unreadable | None = None
 ) -> int:
     """Take running tasks away from a lost worker; returns how many, 0 when it has none left.
 
@@ -420,21 +465,42 @@ def recover(
         tx: The transaction.
         lost: The worker.
         decide: Returns what to write for a task, from its state and its constraints.
+        unreadable: The tasks that can't be read: those are left as they are, until somebody can.
     """
-    owned = tx.connection.scalars(
+    unreadable = unreadable or Unreadable()
+    while owned := tx.connection.scalars(_owned(lost, unreadable.task_ids)).all():
+        folds = _folds(tx, owned, unreadable)
+        if folds:
+            asked = _submitted(tx, folds.values())
+            for task_id, fold in folds.items():
+                _take_away(tx, fold, lost, asked[task_id], decide)
+            return len(folds)
+    forget_worker(tx, lost)
+    return 0
+
+
+def _owned(worker: str, excluded: Collection[str]) -> sa.Select[str]:
+    owned = (
         sa.select(tasks.c.task_id)
-        .where(tasks.c.status == "running", tasks.c.worker == lost)
+        .where(tasks.c.status == "running", tasks.c.worker == worker)
         .join(streams, streams.c.stream_id == tasks.c.stream_id)
         .limit(_BATCH)
         .with_for_update(skip_locked=True, of=streams)
-    ).all()
-    folds = _folds(tx, owned)
-    asked = _submitted(tx, folds.values())
-    for task_id, fold in folds.items():
-        if fold.state.status is not TaskStatus.RUNNING or fold.state.worker != lost:
-            continue  # changed in this very transaction, whose rows come last
-        constraints: dict[str, Any] = asked[task_id].task.get("constraints") or {}
-        tx.append(task_id, decide(fold.state, constraints), fold.version)
-    if not owned:
-        forget_worker(tx, lost)
-    return len(owned)
+    )
+    return owned.where(sa.not_(has_one_of(tasks.c.task_id, excluded))) if excluded else owned
+
+
+def recover_one(tx: Transaction, claimed: Claimed, decide: Decide) -> None:
+    """Take a task away from the worker that has claimed it, where it still owns it."""
+    fold = tx.fold(claimed.task_id)
+    if fold is not None:
+        _take_away(tx, fold, str(claimed.state.worker), claimed.submitted, decide)
+
+
+def _take_away(
+    tx: Transaction, fold: TaskFold, worker: str, asked: Submitted, decide: Decide
+) -> None:
+    if fold.state.status is not TaskStatus.RUNNING or fold.state.worker != worker:
+        return  # changed since it was looked up, as in this very transaction, whose rows come last
+    constraints: dict[str, Any] = asked.task.get("constraints") or {}
+    tx.append(fold.task_id, decide(fold.state, constraints), fold.version)

@@ -1,21 +1,25 @@
-"""What of its scope a worker still has to do."""
+"""What of its scope a worker still has to do: without what has ended, and what it can't read."""
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterable
 from typing import Final
 
 import sqlalchemy as sa
 
+from perdure.errors import DatabaseCorrupt, DatabaseIncompatible
 from perdure.events import ENDINGS
 from perdure.store.database import Database
 from perdure.store.direct import has_one_of
 from perdure.store.schema import tasks
 
-__all__ = ["NamedTasks"]
+__all__ = ["NamedTasks", "Unreadable"]
 
 # Not fewer are looked up at a time.
 LOOK_UP_AT_LEAST: Final = 32
+_logger: Final = logging.getLogger("perdure")
 
 
 class NamedTasks:
@@ -68,3 +72,29 @@ class NamedTasks:
         # What nobody knows may yet be submitted.
         self._open.difference_update(row["task_id"] for row in rows if row["status"] in ENDINGS)
         self._known = None
+
+
+class Unreadable:
+    """Tasks whose streams this perdure can't read: left alone by it, and named once in its log."""
+
+    def __init__(self) -> None:
+        self._errors: dict[str, DatabaseCorrupt | DatabaseIncompatible] = {}
+        self._lock = threading.Lock()  # it is the writer's thread that finds out
+
+    def note(self, task_id: str, error: DatabaseCorrupt | DatabaseIncompatible) -> None:
+        """Take one more."""
+        with self._lock:
+            if task_id in self._errors:
+                return
+            self._errors[task_id] = error
+        _logger.warning("%s is left alone: %s", task_id, error)
+
+    @property
+    def task_ids(self) -> frozenset[str]:
+        """Which tasks they are."""
+        with self._lock:
+            return frozenset(self._errors)
+
+    def __getitem__(self, task_id: str) -> DatabaseCorrupt | DatabaseIncompatible:
+        """Return why one of them can't be read."""
+        return self._errors[task_id]
