@@ -51,7 +51,7 @@ def test_an_answer_that_does_not_fit(perdure: Perdure, schema: Path) -> None:
         ("[]", "output_schema: should be an object"),
         ('{"$ref": "#/$defs/nope"}', "output_schema: the reference '#/$defs/nope' leads nowhere"),
         ('{"items":' * 100 + "{}" + "}" * 100, "output_schema: is nested more than 64 levels deep"),
-        ('{"items":' * 3000 + "{}" + "}" * 3000, "is nested too deep"),
+        ('{"items":' * 3000 + "{}" + "}" * 3000, "is nested "),  # how deep, by Python
     ],
 )
 def test_no_schema(perdure: Perdure, schema: Path, database: Path, text: str, says: str) -> None:

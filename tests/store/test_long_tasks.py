@@ -14,7 +14,7 @@ from perdure.store.evidence import check_archive
 from store.backends import Backend, opened
 
 PAGE = 5000  # what is read at a time, by the store's own settings
-FEW, MANY = 2 * PAGE, 8 * PAGE
+FEW, MANY = 2 * PAGE, 6 * PAGE
 
 
 async def _say(url: str, chunks: int) -> None:
@@ -47,7 +47,7 @@ async def _peak_of_archiving(url: str, file: Path) -> int:
 async def test_archiving_takes_no_more_memory_for_more_chunks(
     backend: Backend, tmp_path: Path
 ) -> None:
-    """Four times the chunks take far less than a hundred bytes for each further one."""
+    """Three times the chunks take far less than a hundred bytes for each further one."""
     peaks: list[int] = []
     for chunks in (FEW, MANY):
         url = backend.new()

@@ -236,16 +236,17 @@ def test_stored_to_the_byte(told: dict[str, str], values: list[dict[str, Any]]) 
                 assert row["data"].encode() == canonical(plain)
 
     asyncio.run(write())
-    assert_sound(told["url"])
 
 
 _numbers = iter(range(10**9))
 
 
 @pytest.fixture(scope="module")
-def told(postgresql_server: Server, store_name: str) -> dict[str, str]:
-    """The URL of one database for many examples."""
-    return {"url": Postgresql(postgresql_server, store_name).new()}
+def told(postgresql_server: Server, store_name: str) -> Generator[dict[str, str], None, None]:
+    """The URL of one database for many examples, which is sound after all of them."""
+    url = Postgresql(postgresql_server, store_name).new()
+    yield {"url": url}
+    assert_sound(url)
 
 
 class TestCommits:
