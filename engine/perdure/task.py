@@ -83,7 +83,7 @@ class TaskType(StrEnum):
 
 
 class Recovery(StrEnum):
-    """How a task goes on whose worker was lost, where the platform's call can't be picked up.
+    """How a task goes on whose worker was lost or stopped, where its call can't be picked up.
 
     Picking up the very same call (re-attaching) comes first wherever the platform can do it.
     """
@@ -198,7 +198,8 @@ class TaskConstraints(_Input):
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 5
     """Most times a platform is asked before a retryable error ends the task."""
     recovery: Recovery = Recovery.RESTART
-    """What happens after a crash, where the interrupted call can't be picked up."""
+    """What happens after a crash, or when a worker is stopped, where the interrupted call can't be
+    picked up."""
     stop_sequences: Annotated[tuple[StopSequence, ...], Field(max_length=16)] = ()
     """Texts at which the platform stops; they are not part of the output."""
     reasoning_effort: Effort | None = None

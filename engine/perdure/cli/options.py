@@ -97,7 +97,7 @@ class TaskOptions:
         typer.Option(
             "--recovery",
             metavar="HOW",
-            help="After a crash, where a call can't be picked up: restart, continue or fail.",
+            help="After a crash or stop, where no call can be picked up: restart, continue, fail.",
             rich_help_panel=_PANEL,
         ),
     ] = None
