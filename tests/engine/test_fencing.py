@@ -27,16 +27,18 @@ from harness import (
     query,
     stored_events,
 )
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from perdure import Accepted, Completed, Engine, InvalidRequest, Submission, Task, TaskStatus
 from perdure.policy import RetryPolicy, after_interruption
 from perdure.store import claims
 from perdure.store.claims import Scope
-from perdure.store.database import Database
+from perdure.store.transaction import Transaction
 from perdure.testing import Hold, ScriptedAdapter
 from perdure_adapters import DemoAdapter
 
 ASK = Task(prompt="Say hello.")
+SILENT = {"heartbeat_seconds": 3600, "lease_seconds": 7200}  # as a worker that doesn't show itself
 DECIDE = partial(after_interruption, policy=RetryPolicy())
 
 
@@ -178,7 +180,7 @@ async def test_a_short_lease_takes_a_silent_worker_over(db: Path) -> None:
     """A worker that doesn't show itself for the length of the lease has lost its tasks."""
     hold = Hold()
     silent = ScriptedAdapter("half", hold, "never", Completed())
-    async with engine_on(db, silent, settings={"heartbeat_seconds": 3600}) as first:
+    async with engine_on(db, silent, settings=SILENT) as first:
         task_id = await first.submit_task(ASK)
         await hold.reached.wait()
         first.worker.stop_claiming()
@@ -196,9 +198,9 @@ async def test_a_worker_that_shows_itself_keeps_its_tasks(db: Path) -> None:
     async with engine_on(db, adapter, settings={"heartbeat_seconds": 0.05}) as first:
         task_id = await first.submit_task(ASK)
         await hold.reached.wait()
-        settings = {"lease_seconds": 4.0, "heartbeat_seconds": 0.02}
+        settings = {"lease_seconds": 1.0, "heartbeat_seconds": 0.02}
         async with engine_on(db, others, settings=settings):
-            await asyncio.sleep(4.5)
+            await asyncio.sleep(1.3)
         hold.release()
         assert (await first.get_result(task_id, 30)).attempts == 1
     assert others.calls == []
@@ -210,25 +212,27 @@ async def test_a_worker_that_registers_while_others_look_is_not_lost(
     """Somebody who begins and claims in the middle of a search for the dead is not among them."""
     async with engine_on(db, run=False) as engine:
         await engine.submit_task(ASK)
-        real = Database.rows
-        looks = 0
+        asked: list[str] = []
 
-        async def rows(self: Database, statement: Any) -> Any:
-            nonlocal looks
-            found = await real(self, statement)
-            looks += 1
-            if looks == 1:
+        def begin(tx: Transaction) -> None:
+            claims.register_worker(tx, "newcomer")
+            assert claims.claim(tx, "newcomer", 1, Scope(), {})
 
-                def begin(tx: Any) -> None:
-                    claims.register_worker(tx, "newcomer")
-                    claims.claim(tx, "newcomer", 1, Scope(), {})
+        real = AsyncConnection.execute
 
+        async def execute(self: AsyncConnection, *how: Any, **more: Any) -> Any:
+            found = await real(self, *how, **more)
+            asked.append(str(how[0]))
+            if len(asked) == 1:
                 await engine.log.write(begin)
             return found
 
-        monkeypatch.setattr(Database, "rows", rows)
+        monkeypatch.setattr(AsyncConnection, "execute", execute)
         lease = timedelta(seconds=30)
         lost = (await claims.look_around(engine.database, lease, datetime.now(UTC))).lost
+        monkeypatch.undo()
+    assert len(asked) > 1, "it didn't begin in the middle"
+    assert query(db, "SELECT worker FROM tasks") == [("newcomer",)]
     assert lost == []
 
 
