@@ -26,6 +26,7 @@ from perdure.errors import (
     ConcurrencyError,
     EngineClosed,
     FinalError,
+    InvalidConfig,
     OutputInvalid,
     PlatformError,
     StoreError,
@@ -88,6 +89,21 @@ class Timing:
     usage_interval: float = 1.0
     buffer_characters: int = 256 * 1024
     closing_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would make an attempt hang.
+
+        Raises:
+            InvalidConfig: The message names the field.
+        """
+        for name in ("chunk_interval", "usage_interval", "closing_seconds"):
+            seconds = getattr(self, name)
+            if not 0 <= seconds < math.inf:
+                raise InvalidConfig(f"{name}: {seconds:g} s: give 0 s or more")
+        if self.buffer_characters < 1:
+            raise InvalidConfig(
+                f"buffer_characters: {self.buffer_characters} characters: give 1 or more"
+            )
 
     def pause(self, elapsed: float) -> float:
         """Return the seconds before the next chunk, ``elapsed`` of them after the first text.

@@ -24,6 +24,7 @@ from perdure.checking import Checker
 from perdure.errors import (
     ConcurrencyError,
     EngineClosed,
+    InvalidConfig,
     InvalidRequest,
     PerdureError,
     PlatformError,
@@ -62,7 +63,7 @@ class WorkerSettings:
         concurrency: Most attempts at the same time.
         heartbeat_seconds: How often a worker shows that it is alive.
         lease_seconds: A worker that hasn't shown itself for so long has lost its tasks. One whose
-            process on this host is gone has lost them at once.
+            process on this host is gone has lost them at once. More than `heartbeat_seconds`.
         poll_seconds: How often an idle worker looks for tasks of other processes, where it isn't
             told of them.
         retry: What happens after errors.
@@ -75,6 +76,24 @@ class WorkerSettings:
     poll_seconds: float = 0.5
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     timing: Timing = field(default_factory=Timing)
+
+    def __post_init__(self) -> None:
+        """Refuse what would make a worker hang, or lose its tasks while it lives.
+
+        Raises:
+            InvalidConfig: The message names the field.
+        """
+        if self.concurrency < 1:
+            raise InvalidConfig(f"concurrency: {self.concurrency} attempts: give 1 or more")
+        for name in ("heartbeat_seconds", "lease_seconds", "poll_seconds"):
+            seconds = getattr(self, name)
+            if not 0 < seconds < math.inf:
+                raise InvalidConfig(f"{name}: {seconds:g} s: give more than 0 s")
+        if self.lease_seconds <= self.heartbeat_seconds:
+            raise InvalidConfig(
+                f"lease_seconds: {self.lease_seconds:g} s: give more than heartbeat_seconds, "
+                f"{self.heartbeat_seconds:g} s, best a few times as much"
+            )
 
 
 class Worker:
@@ -274,13 +293,16 @@ class Worker:
         if running.cancelled():
             return
         error = running.exception()
-        if isinstance(error, PerdureError):
-            self._failure = self._failure or error
-        elif error is not None:
-            _logger.error("%s could not be run", task_id, exc_info=error)
-            self._failure = self._failure or StoreError(
-                f"{task_id} could not be run: {type(error).__name__}: {error}"
-            )
+        if error is not None:
+            self._fail(f"{task_id} could not be run", error)
+
+    def _fail(self, what: str, error: BaseException) -> None:
+        """End the worker by an error, as soon as what runs has ended; the first one counts."""
+        if not isinstance(error, PerdureError):
+            _logger.error("%s", what, exc_info=error)
+            error = StoreError(f"{what}: {type(error).__name__}: {error}")
+        self._failure = self._failure or error
+        self._wake.set()
 
     @property
     def _hears_of_all(self) -> bool:
@@ -418,9 +440,9 @@ class Worker:
             await self._until_next_beat()
             try:
                 await self._show_itself()
-            except (StoreError, EngineClosed) as error:
-                self._failure = self._failure or error
-                self._wake.set()
+            except Exception as error:  # noqa: BLE001 - `run` raises it
+                # Without signs of life its tasks would be taken from it while it goes on.
+                self._fail("the worker could not show that it is alive", error)
                 return
 
     async def _show_itself(self) -> None:

@@ -351,7 +351,9 @@ async def test_a_living_process_elsewhere_is_waited_for(
     adapter = ScriptedAdapter(hold)
     real = claims.host_name
     monkeypatch.setattr(claims, "host_name", lambda: "elsewhere#1")
-    async with engine_on(db, adapter, settings={"heartbeat_seconds": 3600}) as engine:
+    async with engine_on(
+        db, adapter, settings={"heartbeat_seconds": 3600, "lease_seconds": 7200}
+    ) as engine:
         task_id = await engine.submit_task(Task(prompt="?"))
         await hold.reached.wait()
         engine.worker.stop_claiming()
