@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform as host_platform
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -329,13 +330,24 @@ async def load_blobs(database: Database, digests: Sequence[str]) -> dict[str, by
 # -- workers -------------------------------------------------------------------------------------
 
 
+_PID_NAMESPACE: Final = Path("/proc/self/ns/pid")
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+BOOT_LETTERS: Final = 8  # enough to tell machines of one name apart, and to be read
+
+
 def host_name() -> str:
-    """Return a name under which process ids mean the same: host and, on Linux, PID namespace."""
-    try:
-        namespace = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
-    except OSError:
-        return host_platform.node()
-    return f"{host_platform.node()}#{namespace}"
+    """Return a name under which process ids mean the same: host and, on Linux, namespace and boot.
+
+    The PID namespace tells the containers of a machine apart. Its number is the same on all
+    machines outside of containers; what was drawn when the machine booted tells those apart that
+    have one name, and process ids of before from those of after.
+    """
+    name = host_platform.node()
+    with contextlib.suppress(OSError):
+        name += "#" + _PID_NAMESPACE.readlink().name.strip("pid:[]")
+    with contextlib.suppress(OSError):
+        name += "@" + _BOOT_ID.read_text().strip()[:BOOT_LETTERS]
+    return name
 
 
 def register_worker(tx: Transaction, worker: str) -> None:
@@ -426,7 +438,8 @@ def beat_and_look(
 def _census(
     owners: Iterable[str | None], rows: Sequence[sa.RowMapping], lease: timedelta, now: datetime
 ) -> Census:
-    alive = [row for row in rows if _alive(row, lease, now)]
+    here = host_name()
+    alive = [row for row in rows if _alive(row, lease, now, here)]
     known = {row["worker_id"] for row in rows}
     gone = known.difference(row["worker_id"] for row in alive)
     lost = [*sorted(gone), *(str(owner) for owner in owners if owner not in known)]
@@ -434,10 +447,9 @@ def _census(
     return Census(len(alive), lost, min(ends, default=None))
 
 
-def _alive(row: sa.RowMapping, lease: timedelta, now: datetime) -> bool:
-    if row["host"] == host_name():
-        return _pid_exists(row["pid"]) and row["heartbeat_at"] + lease > now
-    return bool(row["heartbeat_at"] + lease > now)
+def _alive(row: sa.RowMapping, lease: timedelta, now: datetime, here: str) -> bool:
+    # What an older release wrote is no name of this host: its workers go by the lease only.
+    return row["heartbeat_at"] + lease > now and (row["host"] != here or _pid_exists(row["pid"]))
 
 
 def _pid_exists(pid: int) -> bool:
