@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from perdure import Event, Task
 from perdure.adapter import Call, Resume
 from perdure_adapters import ClaudeCodeAdapter
@@ -70,6 +72,13 @@ def a_call(prompt: str = "Say hello.", *, resume: Resume | None = None, **fields
 async def events_of(adapter: ClaudeCodeAdapter, call: Call) -> list[Event]:
     """Return all events of a call that succeeds."""
     return [event async for event in adapter.run(call)]
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let adapters wait less for a program that is deaf to being asked and will be killed."""
+    monkeypatch.setattr("perdure_adapters._agent_client._INTERRUPTED", 0.1)
+    monkeypatch.setattr("perdure_adapters._agent_client._TERMINATED", 0.5)
+    monkeypatch.setattr("perdure_adapters._agent_process._TERMINATED", 0.5)
 
 
 def kill(pid: int) -> None:

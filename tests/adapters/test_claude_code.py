@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import KEY, Stage, a_call, events_of, kill, scenario
+from agents import KEY, Stage, a_call, events_of, hurry, kill, scenario
 from yielded import text_of
 
 from perdure import Task
@@ -339,8 +339,12 @@ class TestLeaving:
 
     @pytest.mark.parametrize("deaf", [False, True])
     @pytest.mark.parametrize("how", ["cancel", "close", "time"])
-    async def test_the_process_is_gone(self, stage: Stage, how: str, deaf: bool) -> None:
+    async def test_the_process_is_gone(
+        self, stage: Stage, how: str, deaf: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Cancelled, closed or out of time; also one that neither listens nor can be asked."""
+        if deaf:
+            hurry(monkeypatch)
         call = a_call(scenario({"say": "I begin."}, {"hang": 9}, deaf=deaf))
         seen = asyncio.Event()
         stream = stage.adapter().run(call)
@@ -366,8 +370,11 @@ class TestLeaving:
         assert time.monotonic() - began < 6
         assert len(stage.runs) == 1
 
-    async def test_a_second_cancellation_doesnt_leave_it_behind(self, stage: Stage) -> None:
+    async def test_a_second_cancellation_doesnt_leave_it_behind(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The ending of the process goes on whoever is in a hurry."""
+        hurry(monkeypatch)
         adapter = stage.adapter()
         call = a_call(scenario({"say": "I begin."}, {"hang": 9}, deaf=True))
         seen = asyncio.Event()
@@ -467,8 +474,11 @@ class TestTakingUp:
         assert error.retryable
         assert error.response_over
 
-    async def test_a_process_left_behind_is_ended_first(self, stage: Stage) -> None:
+    async def test_a_process_left_behind_is_ended_first(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Two agents of one session never work on the same files."""
+        hurry(monkeypatch)
         prompt = scenario({"say": "I begin."}, {"hang": 1}, {"say": "I end."}, deaf=True)
         stream = stage.adapter().run(a_call(prompt))
         first: list[Event] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import KEY, Stage, kill, scenario
+from agents import KEY, Stage, hurry, kill, scenario
 
 from perdure import Engine, Result, Task, TaskConstraints, TaskStatus
 from perdure.events import Accepted, AttemptFailed, Chunk, Interrupted
@@ -122,8 +122,11 @@ async def test_a_death_in_the_middle_of_a_call_of_a_tool(stage: Stage, tmp_path:
     assert result.tool_calls[-1].arguments == {"file_path": "a.txt", "content": "hello"}
 
 
-async def test_a_killed_process_is_taken_over(stage: Stage, tmp_path: Path) -> None:
+async def test_a_killed_process_is_taken_over(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After kill -9 the next engine ends the agent left behind, and takes its session up."""
+    hurry(monkeypatch)
     database = tmp_path / "db"
     prompt = scenario(*WORK, deaf=True)
     arguments = [str(database), str(stage.directory), str(stage.home / "claude"), prompt]
@@ -191,8 +194,11 @@ async def test_cancelling(stage: Stage, tmp_path: Path) -> None:
     assert named(result) == ["one.txt"]
 
 
-async def test_the_time_limit(stage: Stage, tmp_path: Path) -> None:
+async def test_the_time_limit(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A task that hangs ends as failed at its limit, and its process with it."""
+    hurry(monkeypatch)
     async with opened(stage, tmp_path / "db") as engine:
         limits = TaskConstraints(timeout_seconds=1)
         task = a_task({"say": "I begin."}, {"hang": 9}, deaf=True, constraints=limits)
