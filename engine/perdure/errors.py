@@ -162,13 +162,17 @@ class ConcurrencyError(PerdureError):
 class DuplicateKey(PerdureError):
     """A task with that key is already in the database.
 
+    Who submits through an engine doesn't meet it, but is given the id of the task that is there.
+
     Attributes:
         key: The key.
         task_id: The task that has it.
     """
 
     def __init__(self, key: str, task_id: str) -> None:
-        super().__init__(f"the key {key!r} belongs to task {task_id}")
+        super().__init__(
+            f"the key {key!r} belongs to task {task_id}: go on with that one, or choose another key"
+        )
         self.key = key
         self.task_id = task_id
 

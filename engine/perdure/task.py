@@ -396,8 +396,18 @@ class Result(BaseModel):
         """Return the output as an instance of the pydantic model whose schema was asked for.
 
         Raises:
-            ValueError: There is no such output.
+            ValueError: There is no such output, or the model doesn't take it; it says which.
         """
-        if self.parsed is None:
-            raise ValueError(f"{self.task_id} has no parsed output: it is {self.status}")
+        if self.parsed is None and (reason := self._why_unparsed()):
+            raise ValueError(f"{self.task_id} has no parsed output: {reason}")
         return model.model_validate(self.parsed)
+
+    def _why_unparsed(self) -> str | None:
+        """Return why `parsed` is None, and what to look at; None where the answer is `null`."""
+        if self.status is not TaskStatus.COMPLETED:
+            return f"it is {self.status}: see `error` and `partial_output`"
+        if self.task.output_schema is None:
+            return "its task asked for none: give it an `output_schema`"
+        if self.finish_reason != "stop":
+            return f"it ended with {self.finish_reason!r}: see `output` and `tool_calls`"
+        return None if self.output.strip() == "null" else "its output is no JSON: see `output`"

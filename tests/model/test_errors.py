@@ -85,7 +85,8 @@ def test_messages_name_the_thing() -> None:
     assert (lost.task_id, lost.expected, lost.actual) == ("demo_1", 3, 5)
 
     taken = errors.DuplicateKey("row 7", "demo_1")
-    assert str(taken) == "the key 'row 7' belongs to task demo_1"
+    advice = "go on with that one, or choose another key"
+    assert str(taken) == f"the key 'row 7' belongs to task demo_1: {advice}"
     assert (taken.key, taken.task_id) == ("row 7", "demo_1")
 
     missing = errors.TaskNotFound("demo_\n1")

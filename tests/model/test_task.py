@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import RootModel, ValidationError
 
 from perdure.errors import InvalidTask, PerdureError
 from perdure.task import (
@@ -339,6 +339,49 @@ class TestUsage:
 
         assert forth == back
         assert forth.input_tokens == (sum(known) if known else None)
+
+
+class MaybeNumber(RootModel[int | None]):
+    """A number, or nothing."""
+
+
+class TestParsing:
+    """A result's output as a model."""
+
+    def result(self, schema: dict[str, Any] | None, **fields: Any) -> Result:
+        """Return a result of a task with that schema."""
+        task = Task(prompt="Which?", output_schema=schema)
+        given = {"platform": "demo", "success": True, "finish_reason": "stop", **fields}
+        return Result(task=task, task_id="demo_1", **given)
+
+    def test_a_value(self) -> None:
+        """It becomes an instance of the model; `null`, a value like any other, too."""
+        schema = {"type": ["integer", "null"]}
+        assert self.result(schema, output="7", parsed=7).parse(MaybeNumber).root == 7
+        assert self.result(schema, output=" null\n").parse(MaybeNumber).root is None
+
+    @pytest.mark.parametrize(
+        ("schema", "fields", "reason"),
+        [
+            (None, {"output": "null"}, "its task asked for none: give it an `output_schema`"),
+            ({}, {"output": ""}, "its output is no JSON: see `output`"),
+            (
+                {},
+                {"output": "I won't.", "finish_reason": "content_filter"},
+                "it ended with 'content_filter': see `output` and `tool_calls`",
+            ),
+            (
+                {},
+                {"success": False, "status": TaskStatus.FAILED, "partial_output": "null"},
+                "it is failed: see `error` and `partial_output`",
+            ),
+        ],
+    )
+    def test_no_value(self, schema: Any, fields: dict[str, Any], reason: str) -> None:
+        """It is said why there is none, and what to look at."""
+        with pytest.raises(ValueError, match="no parsed output") as caught:
+            self.result(schema, **fields).parse(MaybeNumber)
+        assert str(caught.value) == f"demo_1 has no parsed output: {reason}"
 
 
 def test_an_attachment_names_its_content() -> None:
