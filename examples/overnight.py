@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
-from perdure import Engine, PerdureError, Task, TaskConstraints, TaskFilter, TaskStatus
+from perdure import Engine, PerdureError, Recovery, Task, TaskConstraints, TaskFilter, TaskStatus
 from perdure_adapters import DemoAdapter
 
 REPORTS = [f"Report {n}: all is well in sector {n}." for n in range(1, 41)]
@@ -25,7 +25,7 @@ async def main() -> None:
                 constraints=TaskConstraints(
                     max_attempts=3,  # of each platform, with longer and longer waits
                     timeout_seconds=120,  # of each attempt; what was written by then is kept
-                    recovery="restart",  # after a crash; `continue` and `fail` are the others
+                    recovery=Recovery.RESTART,  # after a crash; or CONTINUE, or FAIL
                 ),
                 options={"words": 30, "delay": 0.02},  # so that there is something to watch
             )

@@ -114,6 +114,22 @@ class TestList:
             listed = [line.split("\t")[0] for line in perdure("list", *options).lines]
             assert listed == asyncio.run(expected(which)), options
 
+    @pytest.mark.parametrize("search", ["äpfel", "ÄPFEL", "pfe", "ÄPFEL, straße", "birne"])
+    def test_upper_and_lower_case(self, story: Path, perdure: Perdure, search: str) -> None:
+        """Of all letters, not of ASCII's alone, for the command as for the engine."""
+        submit(story, "demo_20261122_eeee6666", "Äpfel, STRASSE")
+
+        async def found() -> list[str]:
+            database = Database(story)
+            records = await find_tasks(database, TaskFilter(search=search))
+            await database.close()
+            return [record.task_id for record in records]
+
+        expected = [] if search == "birne" else ["demo_20261122_eeee6666"]
+        assert asyncio.run(found()) == expected
+        ended = perdure("list", "--search", search)
+        assert [line.split("\t")[0] for line in ended.lines] == expected
+
     def test_relative_times(self, story: Path, perdure: Perdure) -> None:
         """A span counts back from now."""
         submit(story, "demo_20261122_eeee6666", "just now", at=datetime.now(UTC))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
@@ -211,23 +211,6 @@ class Database:
     def pairs(self, values: Mapping[str, str]) -> sa.TableValuedAlias:
         """Return a table of ``values``, with the columns `key` and `value`, as one parameter."""
         return self.dialect.pairs(values)
-
-    async def pages(
-        self, statement: sa.Select[Any], after: sa.Column[Any], size: int = 1000
-    ) -> AsyncGenerator[list[sa.RowMapping], None]:
-        """Yield the rows page by page along ``after``, an ascending column of the selection.
-
-        No transaction stays open in between, so a long export never holds back a checkpoint.
-        """
-        last: Any = None
-        while True:
-            page = statement.order_by(after).limit(size)
-            rows = await self.rows(page if last is None else page.where(after > last))
-            if rows:
-                yield rows
-            if len(rows) < size:
-                return
-            last = rows[-1][after.name]
 
     @property
     def now(self) -> datetime:

@@ -216,6 +216,10 @@ class Dialect(ABC):
     def pairs(self, values: Mapping[str, str]) -> sa.TableValuedAlias:
         """Return a table of ``values``, with the columns `key` and `value`, as one parameter."""
 
+    def mentions(self, column: sa.Column[Any], text: str) -> sa.ColumnElement[bool]:
+        """Return whether a column has a text in it, in upper or lower case."""
+        return column.icontains(text, autoescape=True)
+
     @property
     def now(self) -> datetime:
         """The time by the clock that all who share the database go by (UTC)."""

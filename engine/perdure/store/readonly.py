@@ -38,6 +38,7 @@ __all__ = [
     "describe_error",
     "immutable",
     "iso",
+    "mentions",
     "on_server",
     "open_read_only",
     "path_of",
@@ -180,13 +181,9 @@ class Reader:
             found["search"] = f"%{escaped}%"
             return "(" + " OR ".join(rf"{c} LIKE :search ESCAPE '\'" for c in columns) + ")"
         # SQLite knows upper and lower case of ASCII letters only.
-        sought = text.casefold()
-
-        def mentions(stored: str | None) -> bool:
-            return stored is not None and sought in stored.casefold()
-
-        self.connection.create_function("perdure_mentions", 1, mentions, deterministic=True)
-        return "(" + " OR ".join(f"perdure_mentions({c})" for c in columns) + ")"
+        found["search"] = text.casefold()
+        self.connection.create_function("perdure_mentions", 2, mentions, deterministic=True)
+        return "(" + " OR ".join(f"perdure_mentions({c}, :search)" for c in columns) + ")"
 
     def close(self) -> None:
         """Give the connection back."""
@@ -204,6 +201,11 @@ class Reader:
     ) -> None:
         """Close it."""
         self.close()
+
+
+def mentions(stored: object, sought: str) -> bool:
+    """Return whether a stored text has a text in it, which is given as `casefold` makes it."""
+    return isinstance(stored, str) and sought in stored.casefold()
 
 
 def iso(moment: datetime) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -18,6 +18,7 @@ from perdure.store.begun import Ended
 from perdure.store.claims import load_blobs
 from perdure.store.content import blob_digests, restore
 from perdure.store.database import Database
+from perdure.store.dialect import Dialect
 from perdure.store.feed import SELECT_EVENTS, recorded
 from perdure.store.lookups import Lookup
 from perdure.store.projection import TaskFold
@@ -34,7 +35,6 @@ __all__ = [
     "Records",
     "TaskFilter",
     "TaskRecord",
-    "each_task",
     "find_tasks",
     "read_events",
 ]
@@ -175,7 +175,7 @@ class TaskFilter:
     task_ids: tuple[str, ...] = ()
     latest: bool = False
 
-    def conditions(self) -> list[sa.ColumnElement[bool]]:
+    def conditions(self, dialect: Dialect) -> list[sa.ColumnElement[bool]]:
         """Return the filter as SQL."""
         t = tasks.c
         found: list[sa.ColumnElement[bool]] = []
@@ -195,7 +195,7 @@ class TaskFilter:
             found.append(
                 sa.or_(
                     *(
-                        column.icontains(self.search, autoescape=True)
+                        dialect.mentions(column, self.search)
                         for column in (t.prompt, t.output, t.partial_output)
                     )
                 )
@@ -226,17 +226,10 @@ async def find_tasks(
 ) -> list[TaskRecord]:
     """Return rows by the order of submission."""
     order = tasks.c.stream_id.desc() if newest_first else tasks.c.stream_id
-    statement = _ALL.where(*which.conditions()).order_by(order)
+    statement = _ALL.where(*which.conditions(database.dialect)).order_by(order)
     if limit is not None:
         statement = statement.limit(limit)
     return [TaskRecord.of(row) for row in await database.rows(statement)]
-
-
-async def each_task(database: Database, which: TaskFilter) -> AsyncGenerator[TaskRecord, None]:
-    """Yield rows in the order of submission, however many there are, in constant memory."""
-    async for page in database.pages(_ALL.where(*which.conditions()), tasks.c.stream_id):
-        for row in page:
-            yield TaskRecord.of(row)
 
 
 class Records:

@@ -40,6 +40,7 @@ from perdure.store.readonly import (
     Reader,
     describe_error,
     immutable,
+    mentions,
     open_read_only,
     refuse_missing,
 )
@@ -184,6 +185,13 @@ class Sqlite(Dialect):
     def pairs(self, values: Mapping[str, str]) -> sa.TableValuedAlias:
         """Return a table of ``values``, with the columns `key` and `value`, as one parameter."""
         return sa.func.json_each(orjson.dumps(values).decode()).table_valued("key", "value")
+
+    def mentions(self, column: sa.Column[Any], text: str) -> sa.ColumnElement[bool]:
+        """Return whether a column has a text in it, in upper or lower case."""
+        if text.isascii():
+            return super().mentions(column, text)
+        # SQLite knows upper and lower case of ASCII letters only.
+        return sa.func.perdure_mentions(column, text.casefold(), type_=sa.Boolean)
 
 
 _EMPTY: Final = "run a task to set it up, or choose another with --db"
@@ -407,6 +415,7 @@ def _prepare_reader(dbapi: Any, _record: object) -> None:  # noqa: ANN401
     ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+    dbapi.create_function("perdure_mentions", 2, mentions, deterministic=True)
 
 
 def _prepare_snapshot(dbapi: Any, _record: object) -> None:  # noqa: ANN401
