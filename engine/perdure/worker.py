@@ -12,20 +12,19 @@ import logging
 import math
 import random
 import secrets
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
 
-from perdure.adapter import Call, LoadedFile, Resume
 from perdure.attempt import Attempt, Stop, Timing
+from perdure.calls import make_call
 from perdure.checking import Checker
 from perdure.errors import (
     ConcurrencyError,
     EngineClosed,
     InvalidConfig,
-    InvalidRequest,
     PerdureError,
     PlatformError,
     StoreError,
@@ -35,11 +34,9 @@ from perdure.platforms import Platforms
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption
 from perdure.store import claims
 from perdure.store.claims import Census, Claimed, Scope
-from perdure.store.content import blob_digests, restore
 from perdure.store.database import Database
 from perdure.store.log import EventLog
 from perdure.store.scoping import NamedTasks, Unreadable
-from perdure.task import Attachment, Task
 
 __all__ = ["Worker", "WorkerSettings"]
 
@@ -376,7 +373,7 @@ class Worker:
     async def _carry_out(self, claimed: Claimed, head: int) -> None:
         try:
             adapter = self._platforms.get(claimed.state.platform)
-            call = await self._call(claimed)
+            call = await make_call(self._database, claimed)
         except PlatformError as error:
             await self._fail_unstarted(claimed, error)
             return
@@ -394,24 +391,6 @@ class Worker:
         if self._stop_all is not None:  # asked for while the task was being put together
             attempt.stop(self._stop_all)
         await attempt.run()
-
-    async def _call(self, claimed: Claimed) -> Call:
-        """Put together what the adapter gets: the task as it was given, and where to go on."""
-        submitted = claimed.submitted
-        needed = blob_digests(submitted.task, submitted.blobs)
-        content = await claims.load_blobs(self._database, sorted(needed)) if needed else {}
-        try:
-            task = restore(submitted.task, submitted.blobs, content, claimed.task_id)
-        except PerdureError as error:
-            raise InvalidRequest(f"the task can't be read any more: {error}") from None
-        return Call(
-            task=task,
-            task_id=claimed.task_id,
-            attempt=claimed.state.attempt,
-            model=claimed.state.model,
-            files=_loaded(task, content),
-            resume=_resume(claimed),
-        )
 
     async def _fail_unstarted(self, claimed: Claimed, error: PlatformError) -> None:
         """Write down that the platform couldn't even be asked."""
@@ -500,22 +479,3 @@ class Worker:
             ):
                 recovered += taken
         return recovered
-
-
-def _resume(claimed: Claimed) -> Resume | None:
-    before = claimed.previous
-    if before.next_mode == "reattach" and before.accepted is not None:
-        return Resume("reattach", claimed.output, before.accepted.response_id, before.cursor)
-    if before.next_mode == "continue":
-        return Resume("continue", claimed.output)
-    if before.repairing:
-        return Resume("repair", claimed.output, problem=before.error)
-    return None
-
-
-def _loaded(task: Task, content: Mapping[str, bytes]) -> tuple[LoadedFile, ...]:
-    attached = [file for file in task.files if isinstance(file, Attachment)]
-    for file in attached:
-        if file.digest not in content:
-            raise InvalidRequest(f"the content of {file.name} is not in the database any more")
-    return tuple(LoadedFile(file, content[file.digest]) for file in attached)

@@ -37,6 +37,7 @@ from perdure import (
     Usage,
     UsageReported,
 )
+from perdure.calls import make_call
 from perdure.events import Cancelled, CancelRequested
 from perdure.policy import RetryPolicy
 from perdure.store.claims import Scope, claim, register_worker
@@ -174,14 +175,13 @@ async def test_between_claim_and_call(db: Path, monkeypatch: pytest.MonkeyPatch)
     hold = Hold()
     adapter = ScriptedAdapter(hold)
     async with engine_on(db, run=False) as other, engine_on(db, adapter, run=False) as engine:
-        real = engine.worker._call
 
-        async def slow(claimed: Any) -> Any:
+        async def slow(database: Any, claimed: Any) -> Any:
             assert await other.cancel_task(claimed.task_id)
             await asyncio.sleep(0.3)  # for the news of it to come and go
-            return await real(claimed)
+            return await make_call(database, claimed)
 
-        monkeypatch.setattr(engine.worker, "_call", slow)
+        monkeypatch.setattr("perdure.worker.make_call", slow)
         task_id = await engine.submit_task(ASK)
         engine.start_running()
         # Nobody else may follow the task: then somebody would listen all the time.
