@@ -23,6 +23,7 @@ from perdure.calls import make_call
 from perdure.checking import Checker
 from perdure.errors import (
     ConcurrencyError,
+    DatabaseIncompatible,
     EngineClosed,
     InvalidConfig,
     PerdureError,
@@ -290,7 +291,9 @@ class Worker:
         if running.cancelled():
             return
         error = running.exception()
-        if error is not None:
+        if isinstance(error, DatabaseIncompatible):  # a newer perdure wrote to it meanwhile
+            self._unreadable.note(task_id, error)
+        elif error is not None:
             self._fail(f"{task_id} could not be run", error)
 
     def _fail(self, what: str, error: BaseException) -> None:

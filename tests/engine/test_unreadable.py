@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from harness import FAST, count_events, eventually, query
 
-from perdure import Engine, Submission, Task, TaskStatus, TasksUnreadable
+from perdure import Completed, Engine, Submission, Task, TaskStatus, TasksUnreadable
 from perdure.store.database import Database
 from perdure.store.schema import tasks
 from perdure.testing import Hold, ScriptedAdapter
@@ -100,3 +100,30 @@ async def test_what_a_lost_worker_had(db: Path) -> None:
             assert await engine.recover_lost() == 0
             assert await engine.get_status(unreadable) is TaskStatus.RUNNING
         hold.release()
+
+
+async def test_while_it_runs(db: Path) -> None:
+    """A newer perdure writes to a task that runs here: its attempt ends, and the others run."""
+    hold = Hold()
+    adapter = ScriptedAdapter(
+        per_call=lambda call: [
+            "one ",
+            *([hold] if call.task.prompt == "newer" else ()),
+            Completed(),
+        ]
+    )
+    async with engine_on(db, adapter, run=False) as engine:
+        unreadable, task_id = await submitted(engine, "newer", "other")
+        working = asyncio.create_task(engine.run_until_done())
+        await hold.reached.wait()
+        await eventually(lambda: count_events(db, "chunk"))
+        append_newer(str(db), unreadable)
+        hold.release()
+        with pytest.raises(TasksUnreadable) as left:
+            await asyncio.wait_for(working, 30)
+        assert left.value.task_ids == (unreadable,)
+        assert (await engine.get_result(task_id)).success
+    assert query(db, "SELECT status FROM tasks ORDER BY stream_id") == [
+        ("running",),
+        ("completed",),
+    ]
