@@ -18,6 +18,7 @@ from perdure.attempt import Stop
 from perdure.config import load_config
 from perdure.conversation import go_on
 from perdure.errors import (
+    DatabaseUnavailable,
     EngineClosed,
     InvalidTask,
     InvalidTransition,
@@ -185,6 +186,7 @@ class Engine:
     def start_running(self) -> None:
         """Run tasks in the background from now on."""
         if self._working is None or self._working.done():
+            self.log.feed.resume()
             self._working = asyncio.create_task(self.worker.run())
             self._working.add_done_callback(self._worker_ended)
 
@@ -194,9 +196,11 @@ class Engine:
         error = working.exception()
         if isinstance(error, PerdureError):
             # Nobody would ever see the end of what they are waiting for.
-            self.log.feed.close(error)
+            self.log.feed.suspend(error)
         elif error is not None:
-            self.log.feed.close(PerdureError(f"the worker failed: {type(error).__name__}: {error}"))
+            self.log.feed.suspend(
+                PerdureError(f"the worker failed: {type(error).__name__}: {error}")
+            )
 
     async def close(self) -> None:
         """Hand back what runs, write what is waiting, close everything. May be called again.
@@ -234,6 +238,16 @@ class Engine:
                 "the engine was entered in another event loop: open one here, or hand the call "
                 "over by asyncio.run_coroutine_threadsafe"
             )
+        if self._worker_lost:  # its database may be back; if not, who waits is told that again
+            self.start_running()
+
+    @property
+    def _worker_lost(self) -> bool:
+        """Whether the worker has ended because the database was out of reach."""
+        working = self._working
+        if working is None or not working.done() or working.cancelled():
+            return False
+        return isinstance(working.exception(), DatabaseUnavailable)
 
     # -- the five lifecycle methods --------------------------------------------------------------
 
@@ -372,10 +386,13 @@ class Engine:
             TaskArchived: They are in an archive.
         """
         self._require_open()
-        known = self.log.feed.knows_open(task_id)
-        if not known and await self._records.status(task_id) is TaskStatus.UNKNOWN:
-            raise TaskNotFound(task_id)
-        async for recorded in self.log.feed.follow(task_id, from_version):
+        ended = False
+        if not self.log.feed.knows_open(task_id):
+            status = await self._records.status(task_id)
+            if status is TaskStatus.UNKNOWN:
+                raise TaskNotFound(task_id)
+            ended = status.ended
+        async for recorded in self.log.feed.follow(task_id, from_version, ended=ended):
             yield recorded
 
     async def cancel_task(

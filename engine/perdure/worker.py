@@ -94,6 +94,10 @@ class WorkerSettings:
             )
 
 
+def _new_worker_id() -> str:
+    return f"worker_{secrets.token_hex(6)}"
+
+
 class Worker:
     """Runs tasks of one database in this process."""
 
@@ -106,7 +110,7 @@ class Worker:
         scope: Scope | None = None,
         settings: WorkerSettings | None = None,
     ) -> None:
-        self.worker_id = f"worker_{secrets.token_hex(6)}"
+        self.worker_id = _new_worker_id()
         self.settings = settings or WorkerSettings()
         self._scope = scope or Scope()
         named = self._scope.task_ids
@@ -133,6 +137,7 @@ class Worker:
         self._stop_all: Stop | None = None
         self._registered = False
         self._failure: PerdureError | None = None
+        self._broken_off = False  # by an error, so that something may have been left running
 
     # -- the face --------------------------------------------------------------------------------
 
@@ -194,6 +199,9 @@ class Worker:
             StoreError: The database can't do its part any more.
         """
         self._until_done = self._until_done or until_done
+        if self._broken_off:
+            await self._start_over()
+        self._broken_off = True  # unless it comes to its end
         if not self._registered:
             self._registered = True
             await self._log.write(lambda tx: claims.register_worker(tx, self.worker_id))
@@ -217,6 +225,16 @@ class Worker:
             await asyncio.wait({beating})
         if self._failure is not None:
             raise self._failure
+        self._broken_off = False
+
+    async def _start_over(self) -> None:
+        """Take another name: what was running under the old one is lost, to be recovered."""
+        if self._running:
+            await asyncio.wait(set(self._running.values()))
+        await self._log.write(lambda tx: claims.forget_worker(tx, self.worker_id))
+        self.worker_id = _new_worker_id()
+        self._registered = False
+        self._failure = None
 
     async def cancel_running(self, why: Stop = Stop.HAND_BACK) -> None:
         """Stop what runs here: hand it back to be run later, or write it down as cancelled."""
@@ -263,7 +281,7 @@ class Worker:
             return 0
         self._more = False
         self._due = _NOT_LOOKED
-        models = {name: a.default_model for name, a in self._platforms.made.items()}
+        models = self._platforms.default_models()
         claimed, head = await self._log.write_last(
             lambda tx: claims.claim(tx, self.worker_id, free, scope, models, self._unreadable)
         )

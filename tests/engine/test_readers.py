@@ -389,6 +389,29 @@ async def test_nobody_sees_what_is_not_in_the_log(
     assert_sound(db)
 
 
+async def test_who_has_seen_the_end_already_is_not_left_waiting(db: Path) -> None:
+    """From the ending's version on, and beyond it, there is nothing to wait for."""
+    hold = Hold()
+    async with engine_on(db, ScriptedAdapter("x", hold, Completed())) as engine:
+        task_id = await engine.submit_task(ASK)
+        await hold.reached.wait()
+        early = [
+            asyncio.create_task(collect_stream(engine.stream_result(task_id, version), 60))
+            for version in (5, 50)
+        ]
+        hold.release()
+        await engine.get_result(task_id, 60)
+        assert [await reading for reading in early] == ["", ""]
+        last = (await engine.get_events(task_id))[-1].version
+        for version in (last, last + 1, last + 50):
+            assert await collect_stream(engine.stream_result(task_id, version), 60) == ""
+        await engine.redact_task(task_id)
+        for version in range(last + 3):
+            async with asyncio.timeout(60):
+                seen = [event.version async for event in engine.stream_events(task_id, version)]
+            assert seen == sorted(seen)
+
+
 async def test_readers_of_a_closed_engine_end(db: Path) -> None:
     """Nobody is left waiting, and nobody opens connections that nothing would close."""
     hold = Hold()

@@ -81,6 +81,42 @@ async def test_cut_off_from_the_database(db: str) -> None:
     assert_sound(db)
 
 
+async def test_an_outage_beyond_all_patience(
+    own_server: Server, db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits is told; when the server is back, the same engines go on as if nothing had been."""
+    monkeypatch.setattr("perdure.store.database.READING_PATIENCE", (0.0, 0.1))
+    monkeypatch.setattr("perdure.store.postgresql.PATIENCE_SECONDS", 0.3)
+    hold = Hold()
+    async with (
+        Engine.open(db, adapters=[ScriptedAdapter("half", hold, Completed())], settings=FAST) as first,
+        Engine.open(db, adapters=[DemoAdapter()], run=False) as other,
+    ):
+        task_id = await first.submit_task(Task(prompt="Say hello."))
+        await hold.reached.wait()
+        await eventually(lambda: count_events(db, "chunk"))
+        waiting = [asyncio.create_task(engine.get_result(task_id)) for engine in (first, other)]
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(own_server.stop)
+        hold.release()
+        with pytest.raises(DatabaseUnavailable):
+            await asyncio.wait_for(waiting[0], 60)
+        with pytest.raises(DatabaseUnavailable):
+            await asyncio.wait_for(first.submit_task(Task(prompt="Not now.")), 60)
+        await asyncio.to_thread(own_server.start)
+        assert await asyncio.wait_for(other.get_status(task_id), 60)
+        again = asyncio.create_task(other.get_result(task_id, 60))
+        hold.release()
+        assert (await first.get_result(task_id, 60)).success
+        assert (await again).success
+        assert (
+            await first.get_result(await first.submit_task(Task(prompt="And now?")), 60)
+        ).success
+        waiting[1].cancel()
+        await asyncio.wait({waiting[1]})
+    assert_sound(db)
+
+
 async def test_a_network_that_is_gone(db: str, nursery: Nursery) -> None:
     """The same where the kernel drops the packets, and a worker finds no way to the database."""
     child = nursery.start("run_on_an_island", db=db)

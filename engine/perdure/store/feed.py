@@ -35,6 +35,8 @@ MOST_NAMED: Final = 200
 # What others write into a running task's stream, and so many of them that its owner may ask for.
 _FOR_OWNERS: Final = (CancelRequested, Interrupted)
 MOST_FOR_OWNERS: Final = 200
+# After a read that has failed in spite of all patience.
+AGAIN_SECONDS: Final = 1.0
 # For what is being fetched when the log is closed: by a database that is gone, never.
 CATCH_UP_SECONDS: Final = 2.0
 
@@ -80,7 +82,8 @@ class Feed:
         self._fetching: asyncio.Task[None] | None = None
         self._stale = False
         self._unheard = False  # others committed something while nobody listened
-        self._failed: PerdureError | None = None
+        self._failed: PerdureError | None = None  # for good
+        self._suspended: PerdureError | None = None  # until somebody says otherwise
         self._readers: set[_Reader | Ending] = set()
         self.on_active: Callable[[], None] = lambda: None
 
@@ -148,18 +151,26 @@ class Feed:
             self._seen = min(since, self._seen)
             self._fetch()
 
-    async def follow(self, task_id: str, after: int = 0) -> AsyncGenerator[RecordedEvent, None]:
+    async def follow(
+        self, task_id: str, after: int = 0, *, ended: bool = False
+    ) -> AsyncGenerator[RecordedEvent, None]:
         """Yield the stream's events after version ``after``: first what is there, then what comes.
 
-        Ends after the event that ends the task. The stream must exist.
+        Ends after the event that ends the task, also where that is no later one. The stream must
+        exist.
+
+        Args:
+            task_id: The stream.
+            after: A version, which need not be there yet.
+            ended: Whether the task is known to have ended, so that nothing will come.
 
         Raises:
             EngineClosed: The engine was closed before the task ended.
             TaskArchived: The events were moved into an archive.
         """
         reader = _Reader()
-        if self._failed is not None:
-            reader.fail(self._failed)  # what is there can be read; nothing more will come
+        if (trouble := self._failed or self._suspended) is not None:
+            reader.fail(trouble)  # what is there can be read; nothing more will come
         self._readers.add(reader)
         self.listen(task_id, reader.receive)
         begun = self._begun.events(task_id)
@@ -174,12 +185,16 @@ class Feed:
                     yield event
                     if event.event.ends_task:
                         return
+                if ended:
+                    return
                 begun = None
                 while not reader.behind:
                     new = await reader.next()
                     if new is None or new.version > after + 1 or isinstance(new.event, Archived):
                         break  # some were not kept: fetch them
                     if new.version <= after:
+                        if new.event.ends_task:
+                            return
                         continue
                     after = new.version
                     yield new
@@ -192,8 +207,8 @@ class Feed:
     def ending(self, task_id: str) -> Ending:
         """Return what waits for a task to end from now on; look first whether it has ended."""
         ending = Ending(self, task_id)
-        if self._failed is not None:
-            ending.fail(self._failed)
+        if (trouble := self._failed or self._suspended) is not None:
+            ending.fail(trouble)
         self._readers.add(ending)
         self.listen(task_id, ending.receive)
         return ending
@@ -264,12 +279,24 @@ class Feed:
             await asyncio.wait({self._fetching}, timeout=CATCH_UP_SECONDS)
 
     def close(self, error: PerdureError | None = None) -> None:
-        """End all readers."""
+        """End all readers, and all that will come."""
         self._failed = error or EngineClosed("the engine was closed while a stream was being read")
-        for reader in self._readers:
-            reader.fail(self._failed)
+        self._end_readers(self._failed)
         if self._fetching is not None:
             self._fetching.cancel()
+
+    def suspend(self, error: PerdureError) -> None:
+        """End all readers, and those that come until `resume`: what they wait for won't come."""
+        self._suspended = error
+        self._end_readers(error)
+
+    def resume(self) -> None:
+        """Let readers wait again."""
+        self._suspended = None
+
+    def _end_readers(self, error: PerdureError) -> None:
+        for reader in self._readers:
+            reader.fail(error)
 
     def _deliver(self, committed: Sequence[RecordedEvent]) -> None:
         for event in committed:
@@ -319,9 +346,16 @@ class Feed:
                 late, before = tuple(self._listeners.keys() - frozenset(wanted)), since
                 self._stale = self._stale or bool(late)
         except PerdureError as error:
-            self.close(error)
+            self._end_readers(error)
+            # Owners still have to learn of cancellations, and who comes later may have more luck.
+            self._unheard = True
+            asyncio.get_running_loop().call_later(AGAIN_SECONDS, self._fetch_again)
         finally:
             self._fetching = None
+
+    def _fetch_again(self) -> None:
+        if self._unheard and self._listeners:
+            self._fetch()
 
 
 async def _news(
