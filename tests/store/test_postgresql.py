@@ -356,6 +356,129 @@ class TestCommits:
         assert_sound(own_server.url("own"))
 
 
+class TestTrouble:
+    """A server that refuses again and again: it is waited for, not for ever, and not busily."""
+
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Patience of a second instead of a minute, and of nearly none for those in a hurry."""
+        monkeypatch.setattr(postgresql_module, "PATIENCE_SECONDS", 1.0)
+        monkeypatch.setattr(postgresql_module, "HURRIED_SECONDS", 0.1)
+
+    @staticmethod
+    def take_writes(postgresql: Postgresql, url: str, *, yes: bool) -> None:
+        """Let new sessions write, or not, as where a server becomes a standby."""
+        name = postgresql.name(url)
+        setting = "off" if yes else "on"
+        postgresql.server.execute(
+            f"ALTER DATABASE {name} SET default_transaction_read_only = {setting}"
+        )
+
+    @staticmethod
+    async def refused(store: Store) -> str:
+        """Return the one line that a write is refused with; it isn't written."""
+        with pytest.raises(DatabaseUnavailable) as failed:
+            await asyncio.wait_for(store.submit("task"), PATIENCE)
+        assert len(str(failed.value).splitlines()) == 1
+        return str(failed.value)
+
+    async def test_writing_is_not_allowed(self, postgresql: Postgresql, database_url: str) -> None:
+        """After some patience and few tries one line says so; what comes next is told at once."""
+        self.take_writes(postgresql, database_url, yes=False)
+        before = postgresql.server.log().count("read-only transaction")
+        async with opened(database_url) as store:
+            began = time.monotonic()
+            assert "read-only, or a standby" in await self.refused(store)
+            assert 0.9 < time.monotonic() - began < PATIENCE / 2
+            assert 3 < postgresql.server.log().count("read-only transaction") - before < 20
+            began = time.monotonic()
+            await self.refused(store)
+            assert time.monotonic() - began < 0.9
+            self.take_writes(postgresql, database_url, yes=True)
+            assert await store.submit("task") == 1
+        assert_sound(database_url)
+
+    async def test_a_standby_takes_over(
+        self, postgresql: Postgresql, database_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where writing is allowed again meanwhile, on a new connection, nobody is told."""
+        monkeypatch.setattr(postgresql_module, "PATIENCE_SECONDS", PATIENCE)
+        self.take_writes(postgresql, database_url, yes=False)
+        async with opened(database_url) as store:
+            writing = asyncio.ensure_future(store.submit("task"))
+            await asyncio.sleep(0.3)
+            assert not writing.done()
+            self.take_writes(postgresql, database_url, yes=True)
+            assert await asyncio.wait_for(writing, PATIENCE) == 1
+        assert_sound(database_url)
+
+    async def test_conflicts_without_end(self, postgresql: Postgresql, database_url: str) -> None:
+        """The same where each try ends in an error that another try should mend."""
+        name = postgresql.name(database_url)
+        postgresql.server.execute(
+            "CREATE FUNCTION clash() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "RAISE EXCEPTION 'clash' USING ERRCODE = 'serialization_failure'; END $$; "
+            "CREATE TRIGGER clash BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION clash()",
+            name,
+        )
+        async with opened(database_url) as store:
+            assert "clash" in await self.refused(store)
+            postgresql.server.execute("DROP TRIGGER clash ON events", name)
+            assert await store.submit("task") == 1
+
+    async def test_an_outcome_that_can_not_be_read_back(
+        self, postgresql: Postgresql, database_url: str, proxy: CuttingProxy
+    ) -> None:
+        """A commit whose answer was lost is never repeated blindly: it is said to be unknown."""
+        async with opened(proxy.url) as store:
+            await store.submit("first")
+            self.take_writes(postgresql, database_url, yes=False)
+            proxy.cut = "after"
+            assert "what was written last may be there" in await self.refused(store)
+        assert gapless(postgresql, database_url) == {"first": 1, "task": 1}
+
+    @pytest.mark.parametrize("how", ["hurry", "close"])
+    async def test_a_hurry(
+        self, postgresql: Postgresql, database_url: str, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        """Who has to end doesn't wait for so long, and neither does a log that is closed."""
+        monkeypatch.setattr(postgresql_module, "PATIENCE_SECONDS", 2.0 * PATIENCE)
+        self.take_writes(postgresql, database_url, yes=False)
+        async with opened(database_url) as store:
+            writing = asyncio.ensure_future(self.refused(store))
+            await asyncio.sleep(0.3)
+            assert not writing.done()
+            if how == "hurry":
+                store.log.hurry()
+            else:
+                await asyncio.wait_for(store.log.close(), PATIENCE / 2)
+            await asyncio.wait_for(writing, PATIENCE / 2)
+
+    async def test_a_writer_that_was_stopped_for_long(
+        self, postgresql: Postgresql, database_url: str
+    ) -> None:
+        """What a transaction took by itself is no trouble: it is tried again."""
+        name = postgresql.name(database_url)
+        tries = 0
+
+        def stop(tx: Any) -> int:
+            nonlocal tries
+            tries += 1
+            version: int = tx.append("task", [submitted()], 0)
+            if tries == 1:
+                time.sleep(1.2)
+                postgresql.server.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    f"WHERE datname = '{name}' AND application_name = 'perdure'"
+                )
+            return version
+
+        async with opened(database_url) as store:
+            assert await asyncio.wait_for(store.log.write(stop), PATIENCE) == 1
+        assert tries == 2
+        assert_sound(database_url)
+
+
 class TestSharing:
     """Many writers, some of which stop in the middle."""
 

@@ -58,6 +58,7 @@ async def ask(
     async with session.engine(run=True, create=True, scope=scope) as engine:
         task_id = await engine.submit_task(asked)
         with Interrupts() as interrupts:
+            interrupts.on_second = engine.log.hurry
             shower = asyncio.create_task(_show(engine, task_id, quiet=session.json))
             try:
                 await any_of(interrupts.first, interrupts.terminated, work=(shower,))

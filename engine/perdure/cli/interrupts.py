@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -25,12 +25,14 @@ class Interrupts:
         second: Ctrl-C was pressed again: stop what runs. A third time ends the process at once,
             which loses nothing either: it is what a crash does.
         terminated: SIGTERM or SIGHUP came: hand back what runs, and end.
+        on_second: Called when a second request has come, of whatever kind.
     """
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
         self.terminated = asyncio.Event()
+        self.on_second: Callable[[], None] = lambda: None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -40,7 +42,7 @@ class Interrupts:
             if before is signal.SIG_IGN:  # nohup, or a job in the background: it stays so
                 continue
             self._before[number] = before
-            heard = self._pressed if number is signal.SIGINT else self.terminated.set
+            heard = self._pressed if number is signal.SIGINT else self._asked_to_end
             loop.add_signal_handler(number, heard)
         return self
 
@@ -56,7 +58,14 @@ class Interrupts:
             signal.signal(number, before)
         self._before.clear()
 
+    def _asked_to_end(self) -> None:
+        if self.interrupted:
+            self.on_second()
+        self.terminated.set()
+
     def _pressed(self) -> None:
+        if self.interrupted:
+            self.on_second()
         if not self.first.is_set():
             self.first.set()
         elif not self.second.is_set():

@@ -35,6 +35,8 @@ async def supervise(
     Raises:
         StoreError: The database can't do its part any more.
     """
+    # All that is left to do is written down, which a database in trouble may keep waiting.
+    interrupts.on_second = engine.log.hurry
     running = asyncio.create_task(engine.worker.run())
     fed = asyncio.create_task(feeding) if feeding is not None else None
     try:

@@ -24,7 +24,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from perdure.errors import DatabaseIncompatible, StoreError
-from perdure.store.dialect import Dialect, Writer, stored_revision
+from perdure.store.dialect import HURRIED_SECONDS, Dialect, Writer, stored_revision
 from perdure.store.readonly import UNREADABLE_URL, Reader, path_of
 from perdure.store.sqlite import Sqlite
 
@@ -99,6 +99,7 @@ class Database:
         self.dialect: Dialect = _dialect(self.url)
         self._readers: AsyncEngine | None = None
         self._reads: set[asyncio.Task[Any]] = set()
+        self._hurried = False
 
     def __repr__(self) -> str:
         return f"Database({shown_url(self.url)!r})"
@@ -189,6 +190,7 @@ class Database:
         if self._readers is None:
             self._readers = self.dialect.readers()
         patience = list(READING_PATIENCE)
+        waited = 0.0
         while True:
             try:
                 with self.dialect.translate():
@@ -196,9 +198,15 @@ class Database:
                         return await query(connection)
             except StoreError as error:
                 # A server is away for a moment when it is restarted. Reading twice does no harm.
-                if not patience or not self.dialect.is_passing(error):
+                over = not patience or (self._hurried and waited >= HURRIED_SECONDS)
+                if over or not self.dialect.is_passing(error):
                     raise
+                waited += patience[0]
                 await asyncio.sleep(patience.pop(0))
+
+    def hurry(self) -> None:
+        """Wait no longer than some seconds for a database that is in trouble, from now on."""
+        self._hurried = True
 
     async def rows(self, statement: sa.Executable) -> list[sa.RowMapping]:
         """Return all rows of one statement, by column name."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # importing it takes as long as reading thousands of events
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 __all__ = [
+    "HURRIED_SECONDS",
     "ONE_MIGRATION",
     "Dialect",
     "Listens",
@@ -34,6 +35,9 @@ __all__ = [
     "take_time",
 ]
 
+
+# So long a database that is in trouble is waited for by those who were asked to come to an end.
+HURRIED_SECONDS: Final = 5.0
 
 # Alembic keeps what it works on in globals: of the threads of a process only one may migrate.
 ONE_MIGRATION: Final = threading.Lock()
@@ -67,12 +71,17 @@ class Writer(ABC):
         committing: Whether the last transaction has come as far as its commit.
         races: Whether others can write between a look and the write that follows from it.
         tells: Whether others have to be told of commits.
+        hurried: Set, from any thread, when trouble isn't to be waited out for longer than
+            `HURRIED_SECONDS`.
     """
 
     connection: Connection
     committing: bool = False
     races: ClassVar[bool] = False
     tells: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.hurried = threading.Event()
 
     @abstractmethod
     def translated(self) -> AbstractContextManager[None]:
@@ -99,13 +108,12 @@ class Writer(ABC):
         """Return the time that is written into the log (UTC)."""
         return datetime.now(UTC)
 
-    def settle(self, error: BaseException, mark: tuple[int, bytes] | None, since: float) -> bool:
+    def settle(self, error: BaseException, mark: tuple[int, bytes] | None) -> bool:
         """Return whether a transaction that ended in ``error`` was committed all the same.
 
         Args:
             error: What `transaction` raised.
             mark: The position and the digest of the last event that was to be written.
-            since: When the transaction was begun for the first time, as `time.monotonic` counts.
 
         Returns:
             True where it was; False where it wasn't, and may be done again.

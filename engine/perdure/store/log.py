@@ -107,6 +107,7 @@ class EventLog:
         self._listening: asyncio.Task[None] | None = None
         self._on_work: Callable[[], None] = lambda: None
         self._closed = False
+        self._hurried = threading.Event()
         self._broken: StoreError | None = None
         self._untold: bool | None = None  # what others are to be told: whether there is work
         self._tell_at = 0.0  # and not before
@@ -218,11 +219,24 @@ class EventLog:
         for begin in range(0, len(gathered), MAX_BATCH):
             self._queue.put(gathered[begin : begin + MAX_BATCH])
 
+    def hurry(self) -> None:
+        """Wait no longer than some seconds for a database that is in trouble, from now on.
+
+        For those who are asked to end and have nothing better to do. Whoever waits for something to
+        be written is told that it wasn't, or that it may have been.
+        """
+        self._hurried.set()
+        self._database.hurry()
+
     async def close(self) -> None:
-        """Write what is waiting, then close the connection and end all readers."""
+        """Write what is waiting, then close the connection and end all readers.
+
+        Where the database is in trouble it is waited for no longer than by those who `hurry`.
+        """
         if self._closed:
             return
         self._closed = True
+        self.hurry()
         await self.feed.catch_up()
         self.feed.close()
         if self._listening is not None:
@@ -238,6 +252,7 @@ class EventLog:
     def _run(self, started: asyncio.Future[int]) -> None:
         try:
             writer = self._database.writer()
+            writer.hurried = self._hurried
         except BaseException as error:  # noqa: BLE001 - whoever opens the log is told
             self._call(_fail, started, error)
             return
@@ -403,7 +418,6 @@ class _Done:
 
 def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]]) -> _Done:
     """Do the work in one transaction; again, as often as the writer thinks that it helps."""
-    since = time.monotonic()
     again = writer.races and len(batch) == 1
     careful = False
     while True:
@@ -432,7 +446,7 @@ def _carry_out(writer: Writer, cache: FoldCache, batch: Sequence[_Request[Any]])
                 again, careful = again and not careful, True
                 continue
             mark = done.transaction.mark if done is not None else None
-            if writer.settle(error, mark, since) and done is not None:
+            if writer.settle(error, mark) and done is not None:
                 return done
             cache.clear()
 

@@ -24,19 +24,14 @@ import orjson
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from perdure.errors import (
-    DatabaseCorrupt,
-    DatabaseIncompatible,
-    DatabaseUnavailable,
-    StoreError,
-)
+from perdure.errors import DatabaseIncompatible, DatabaseUnavailable, StoreError
 from perdure.store import schema
 from perdure.store.dialect import (
+    HURRIED_SECONDS,
     ONE_MIGRATION,
     Dialect,
     News,
@@ -61,25 +56,31 @@ except ImportError:
     ) from None
 
 from perdure.store.listening import CHANNEL, Listener
+from perdure.store.reaching import (
+    CONNECT,
+    is_lost,
+    is_passing,
+    is_read_only,
+    shown_place,
+    translated,
+    translating,
+)
 from perdure.store.roundtrips import RoundTrips
 
-__all__ = ["CONNECT", "Postgresql", "PostgresqlWriter", "shown_place", "translated"]
+__all__ = ["Postgresql", "PostgresqlWriter"]
 
 OLDEST_POSTGRESQL: Final = 12_00_00
 # So long the server may be away, restarted or replaced, before whoever waits for it is told.
 PATIENCE_SECONDS: Final = 60.0
+# Between two tries.
+FIRST_PAUSE_SECONDS: Final = 0.01
+LONGEST_PAUSE_SECONDS: Final = 1.0
 # A writer that stops in the middle of a transaction (paused, cut off) keeps everybody waiting: the
 # server ends it after that time. Before version 17 it does so only where it waits for the next
 # statement, not where it waits for the rest of one.
 ABANDONED_SECONDS: Final = 20
 # Any number will do, as long as nobody else takes the same one.
 _MIGRATION_LOCK: Final = schema.APPLICATION_ID
-
-# What another try can mend, by the class of the SQLSTATE or the whole of it: connections, too many
-# of them, the server's shutdown and start, conflicts between transactions, a server that became a
-# standby.
-_READ_ONLY: Final = "25006"
-_PASSING: Final = ("08", "40", "53300", "57P", "25P03", "25P04", _READ_ONLY)
 
 
 class Postgresql(Dialect):
@@ -218,7 +219,7 @@ class Postgresql(Dialect):
 
     def translate(self) -> AbstractContextManager[None]:
         """Turn what the driver raises into a `StoreError` of one line."""
-        return _translate(self.place)
+        return translating(self.place)
 
     @property
     def now(self) -> datetime:
@@ -227,7 +228,7 @@ class Postgresql(Dialect):
 
     def is_passing(self, error: BaseException) -> bool:
         """Return whether a read that failed with ``error`` may be tried again."""
-        return is_passing(error) and getattr(_raised(error), "sqlstate", None) != _READ_ONLY
+        return is_passing(error) and not is_read_only(error)
 
     def pairs(self, values: Mapping[str, str]) -> sa.TableValuedAlias:
         """Return a table of ``values``, with the columns `key` and `value`, as one parameter."""
@@ -242,8 +243,10 @@ class PostgresqlWriter(Writer):
     tells = True
 
     def __init__(self, dialect: Postgresql, engine: Engine) -> None:
+        super().__init__()
         self._dialect = dialect
         self._engine = engine
+        self._trouble_since: float | None = None
         self.connection = engine.connect()
 
     def translated(self) -> AbstractContextManager[None]:
@@ -254,17 +257,21 @@ class PostgresqlWriter(Writer):
         """Return the time that is written into the log (UTC): the server's."""
         return _trips_of(self.connection).now
 
-    def settle(self, error: BaseException, mark: tuple[int, bytes] | None, since: float) -> bool:
-        """Find out what became of a transaction that ended in an error, with a new connection.
+    def settle(self, error: BaseException, mark: tuple[int, bytes] | None) -> bool:
+        """Find out what became of a transaction that ended in an error, where another try can help.
 
-        Whether a commit whose answer never came has happened is read back: the head of the log is
-        locked for that, so that whoever had it locked before has come to an end, one way or the
-        other. What is found then is final.
+        Whether a commit whose answer never came has happened is read back, on a new connection: the
+        head of the log is locked for that, so that whoever had it locked before has come to an end,
+        one way or the other. What is found then is final.
+
+        Trouble is waited out for `PATIENCE_SECONDS` from its first error on, whatever the errors
+        are: a server may refuse for ever what it answers at once. It isn't counted from the
+        beginning of the transaction, in which a process may have been stopped for hours, and lasts
+        until a transaction is committed: when patience is over, all that comes is tried once.
 
         Args:
             error: What `transaction` raised.
             mark: The position and the digest of the last event that was to be written.
-            since: When the transaction was begun for the first time, as `time.monotonic` counts.
 
         Returns:
             Whether it was committed; if not, nothing was, and it may be done again.
@@ -274,21 +281,49 @@ class PostgresqlWriter(Writer):
         """
         if not is_passing(error):
             raise error
+        if self._trouble_since is None:
+            self._trouble_since = time.monotonic()
         unknown = self.committing and mark is not None
-        pause = 0.01
-        while True:
-            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - so that rivals part
-            pause = min(pause * 2, 1.0)
+        failure = error
+        while unknown or not self._is_out_of_patience():
+            self._pause()
             try:
-                if is_lost(error) or self.connection.invalidated or unknown:
+                # Where nothing may be written, another server may have become the primary.
+                if is_lost(error) or is_read_only(error) or self._is_disconnected() or unknown:
                     self._reconnect()
-                return unknown and mark is not None and self._has(mark)
-            except (SQLAlchemyError, psycopg.Error) as failure:
-                if time.monotonic() - since > PATIENCE_SECONDS:
-                    final = translated(failure, self._dialect.place)
-                    if unknown:
-                        final = DatabaseUnavailable(f"{final}; what was written last may be there")
-                    raise final from failure
+                if unknown and mark is not None and self._has(mark):
+                    return True
+                unknown = False
+                if not self._is_out_of_patience():
+                    return False
+            except (SQLAlchemyError, psycopg.Error) as caught:
+                failure = caught
+                if self._is_out_of_patience():
+                    break
+        self._disconnect()  # whoever comes next begins with a new connection
+        final = failure
+        if not isinstance(failure, StoreError):
+            final = translated(failure, self._dialect.place)
+        if unknown:
+            final = DatabaseUnavailable(f"{final}; what was written last may be there")
+        if final is error:
+            raise error
+        raise final from failure
+
+    def _is_out_of_patience(self) -> bool:
+        since = self._trouble_since
+        patience = HURRIED_SECONDS if self.hurried.is_set() else PATIENCE_SECONDS
+        return since is not None and time.monotonic() - since > patience
+
+    def _pause(self) -> None:
+        """Wait for a moment: as long as the trouble has lasted, and up to a second."""
+        lasted = time.monotonic() - (self._trouble_since or 0.0)
+        pause = min(max(lasted, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
+        pause = random.uniform(pause / 2, pause)  # noqa: S311 - so that rivals part
+        if self.hurried.is_set():
+            time.sleep(pause)
+        else:
+            self.hurried.wait(pause)
 
     @contextlib.contextmanager
     def begun(self) -> Generator[None, None, None]:
@@ -296,16 +331,23 @@ class PostgresqlWriter(Writer):
         with self.connection.begin():
             yield
             _trips_of(self.connection).commit()
+        self._trouble_since = None
 
     def ready(self) -> None:
         """Make sure that there is a connection to begin a transaction on."""
-        if self.connection.closed or self.connection.invalidated:
+        if self._is_disconnected():
             self._reconnect()
 
-    def _reconnect(self) -> None:
+    def _is_disconnected(self) -> bool:
+        return self.connection.closed or self.connection.invalidated
+
+    def _disconnect(self) -> None:
         if not self.connection.closed:
             self.connection.invalidate()
             self.connection.close()
+
+    def _reconnect(self) -> None:
+        self._disconnect()
         self.connection = self._engine.connect()
 
     def _has(self, mark: tuple[int, bytes]) -> bool:
@@ -361,14 +403,6 @@ class PostgresqlWriter(Writer):
         self._engine.dispose()
 
 
-CONNECT: Final[Mapping[str, Any]] = {
-    "connect_timeout": 10,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "application_name": "perdure",
-    "prepare_threshold": None,  # a prepared statement belongs to the session, too
-}
 _ENGINE: Final[Mapping[str, Any]] = {"use_native_hstore": False, "connect_args": CONNECT}
 _BEGIN: Final = f"""
     BEGIN ISOLATION LEVEL READ COMMITTED;
@@ -418,73 +452,3 @@ def _drop(connection: Connection) -> None:
 def _prepare_reader(dbapi: Any, record: object) -> None:  # noqa: ANN401
     _prepare_connection(dbapi, record)
     dbapi.set_read_only(True)
-
-
-def shown_place(url: URL) -> str:
-    """Return where a database is, for people to read: no password, no options."""
-    host = url.host or url.query.get("host") or "localhost"
-    port = f":{url.port}" if url.port else ""
-    return f"PostgreSQL database {url.database or url.username or ''} at {host}{port}"
-
-
-@contextlib.contextmanager
-def _translate(place: str) -> Generator[None, None, None]:
-    """Turn what the driver raises into a `StoreError` of one line. The one boundary for that."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except IntegrityError:
-        raise  # the log knows what it was doing, and decides
-    except (SQLAlchemyError, psycopg.Error) as error:
-        raise translated(error, place) from error
-
-
-def origin_of(error: BaseException) -> BaseException:
-    """Return what the driver raised, where SQLAlchemy has wrapped it."""
-    return error.orig if isinstance(error, DBAPIError) and error.orig else error
-
-
-def is_passing(error: BaseException) -> bool:
-    """Return whether another try can mend what the driver raised, or what was made of it."""
-    state = getattr(_raised(error), "sqlstate", None) or ""
-    return is_lost(error) or state.startswith(_PASSING)
-
-
-def is_lost(error: BaseException) -> bool:
-    """Return whether the connection is gone with it."""
-    origin = _raised(error)
-    if not isinstance(origin, psycopg.OperationalError | psycopg.InterfaceError):
-        return False
-    state = origin.sqlstate
-    return state is None or state.startswith(("08", "57P", "25P03", "25P04"))
-
-
-def _raised(error: BaseException) -> BaseException:
-    cause = error.__cause__ if isinstance(error, StoreError) and error.__cause__ else error
-    return origin_of(cause)
-
-
-def translated(error: BaseException, place: str) -> StoreError:
-    """Return the error of one line for what the driver or SQLAlchemy raised."""
-    origin = origin_of(error)
-    state = getattr(origin, "sqlstate", None) or ""
-    what = " ".join(str(origin).split())
-    if isinstance(error, PoolTimeout):
-        return DatabaseUnavailable(f"{place}: all reading connections are busy: try again")
-    if state == "55P03":
-        return DatabaseUnavailable(
-            f"{place} is locked by another session for more than {BUSY_SECONDS:.0f} s: "
-            "end what holds it and try again"
-        )
-    if state == "53100":
-        return DatabaseUnavailable(f"no space left for {place}: free some and run again")
-    if state in ("42501", "25006"):
-        return DatabaseUnavailable(f"{place} refuses: {what}; check the role's rights")
-    if state == "3D000":
-        return DatabaseUnavailable(f"{place} does not exist: create it with createdb")
-    if state in ("28P01", "28000"):
-        return DatabaseUnavailable(f"{place} does not let us in: check user and password")
-    if state.startswith("XX"):
-        return DatabaseCorrupt(f"{place} is damaged ({what}): restore a backup")
-    return DatabaseUnavailable(f"{place}: {what}")

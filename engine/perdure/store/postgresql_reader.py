@@ -18,7 +18,7 @@ from psycopg.types.string import TextLoader
 
 from perdure.errors import PerdureError, StoreError
 from perdure.store.database import Database, parse_url
-from perdure.store.postgresql import CONNECT, shown_place, translated
+from perdure.store.reaching import CONNECT, shown_place, translated
 from perdure.store.readonly import REVISION, Parameters, Reader, iso
 
 __all__ = ["PostgresqlReader"]

@@ -201,6 +201,7 @@ class SqliteWriter(Writer):
     """The connection that writes, and the one that keeps others out while it checkpoints."""
 
     def __init__(self, path: Path, engine: Engine) -> None:
+        super().__init__()
         self._path = path
         self._engine = engine
         self.connection = engine.connect()

@@ -1,0 +1,119 @@
+"""Reaching a PostgreSQL server: what connections are opened with, and what its errors mean."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Mapping
+from typing import Any, Final
+
+import psycopg
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from perdure.errors import DatabaseCorrupt, DatabaseUnavailable, StoreError
+from perdure.store.readonly import BUSY_SECONDS
+
+__all__ = [
+    "CONNECT",
+    "is_lost",
+    "is_passing",
+    "is_read_only",
+    "shown_place",
+    "translated",
+    "translating",
+]
+
+CONNECT: Final[Mapping[str, Any]] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "application_name": "perdure",
+    "prepare_threshold": None,  # a prepared statement belongs to the session, too
+}
+
+# What another try can mend, by the class of the SQLSTATE or the whole of it: connections, too many
+# of them, the server's shutdown and start, conflicts between transactions, a server that became a
+# standby.
+_READ_ONLY: Final = "25006"
+_PASSING: Final = ("08", "40", "53300", "57P", "25P03", "25P04", _READ_ONLY)
+
+
+def shown_place(url: URL) -> str:
+    """Return where a database is, for people to read: no password, no options."""
+    host = url.host or url.query.get("host") or "localhost"
+    port = f":{url.port}" if url.port else ""
+    return f"PostgreSQL database {url.database or url.username or ''} at {host}{port}"
+
+
+@contextlib.contextmanager
+def translating(place: str) -> Generator[None, None, None]:
+    """Turn what the driver raises into a `StoreError` of one line. The one boundary for that."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except IntegrityError:
+        raise  # the log knows what it was doing, and decides
+    except (SQLAlchemyError, psycopg.Error) as error:
+        raise translated(error, place) from error
+
+
+def _origin_of(error: BaseException) -> BaseException:
+    """Return what the driver raised, where SQLAlchemy has wrapped it."""
+    return error.orig if isinstance(error, DBAPIError) and error.orig else error
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether another try can mend what the driver raised, or what was made of it."""
+    state = getattr(_raised(error), "sqlstate", None) or ""
+    return is_lost(error) or state.startswith(_PASSING)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether the connection is gone with it."""
+    origin = _raised(error)
+    if not isinstance(origin, psycopg.OperationalError | psycopg.InterfaceError):
+        return False
+    state = origin.sqlstate
+    return state is None or state.startswith(("08", "57P", "25P03", "25P04"))
+
+
+def is_read_only(error: BaseException) -> bool:
+    """Return whether it says that nothing may be written, as on a standby."""
+    return getattr(_raised(error), "sqlstate", None) == _READ_ONLY
+
+
+def _raised(error: BaseException) -> BaseException:
+    cause = error.__cause__ if isinstance(error, StoreError) and error.__cause__ else error
+    return _origin_of(cause)
+
+
+def translated(error: BaseException, place: str) -> StoreError:
+    """Return the error of one line for what the driver or SQLAlchemy raised."""
+    origin = _origin_of(error)
+    state = getattr(origin, "sqlstate", None) or ""
+    what = " ".join(str(origin).split())
+    if isinstance(error, PoolTimeout):
+        return DatabaseUnavailable(f"{place}: all reading connections are busy: try again")
+    if state == "55P03":
+        return DatabaseUnavailable(
+            f"{place} is locked by another session for more than {BUSY_SECONDS:.0f} s: "
+            "end what holds it and try again"
+        )
+    if state == "53100":
+        return DatabaseUnavailable(f"no space left for {place}: free some and run again")
+    if state == _READ_ONLY:
+        return DatabaseUnavailable(
+            f"{place} takes no writes ({what}): it is read-only, or a standby; name the primary"
+        )
+    if state == "42501":
+        return DatabaseUnavailable(f"{place} refuses: {what}; check the role's rights")
+    if state == "3D000":
+        return DatabaseUnavailable(f"{place} does not exist: create it with createdb")
+    if state in ("28P01", "28000"):
+        return DatabaseUnavailable(f"{place} does not let us in: check user and password")
+    if state.startswith("XX"):
+        return DatabaseCorrupt(f"{place} is damaged ({what}): restore a backup")
+    return DatabaseUnavailable(f"{place}: {what}")
