@@ -27,6 +27,7 @@ from perdure.unchecked import unchecked
 __all__ = [
     "ENDINGS",
     "EVENT_TYPES",
+    "LOOK_CLOSER",
     "Accepted",
     "Archived",
     "ArchivedRow",
@@ -154,7 +155,7 @@ class FileCreated(Event):
     path: Word
     size: int | None = None
     """Bytes."""
-    digest: str | None = None
+    digest: Word | None = None
     """SHA-256, in hexadecimal."""
 
 
@@ -390,9 +391,9 @@ def encode_data(event: Event) -> bytes:
         plain = {name: value for name, value in vars(event).items() if value is not None}
         usage: Usage | None = plain.get("usage")
         if usage is not None:
-            plain["usage"] = usage.model_dump(mode="json", exclude_none=True)
+            plain["usage"] = usage.model_dump(mode="json", exclude_none=True, warnings=False)
     else:
-        plain = event.model_dump(mode="json", exclude_none=True)
+        plain = event.model_dump(mode="json", exclude_none=True, warnings=False)
     return canonical(plain)
 
 
@@ -421,6 +422,10 @@ _REDACTED_FIELDS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 
 
+# What to do about what is stored and can't be what was written.
+LOOK_CLOSER: Final = "run `perdure verify`"
+
+
 def decode(type_: str, schema_version: int, data: str | bytes) -> Event:
     """Return the event that was stored, brought up to today's schema.
 
@@ -446,7 +451,7 @@ def decode(type_: str, schema_version: int, data: str | bytes) -> Event:
     except (ValidationError, orjson.JSONDecodeError, KeyError, TypeError) as error:
         problem = str(error).splitlines()[0]
         raise DatabaseCorrupt(
-            f"an event {type_!r} is unreadable ({problem}): run `perdure verify`"
+            f"an event {type_!r} is unreadable ({problem}): {LOOK_CLOSER}"
         ) from None
     return event
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from invoking import Perdure
+from programs import query
 from stories import (
     FIVE,
     ONE,
@@ -122,6 +123,33 @@ class TestVerify:
         assert any(says in line for line in ended.lines)
         assert "problem" in ended.err
         assert "1:" not in ended.err
+
+    def test_each_task_that_cannot_be_folded(self, story: Path, perdure: Perdure) -> None:
+        """One doesn't hide the others, nor a row that differs; each is named with its place."""
+        edit(
+            story,
+            "UPDATE events SET data = '{}' WHERE type = 'running'",
+            "UPDATE events SET recorded_at = 'infinity' WHERE position = 1",
+            "UPDATE tasks SET output = 'forged' WHERE status = 'completed'",
+        )
+        running = query(
+            story,
+            "SELECT task_id, version FROM task_events WHERE type = 'running' AND position > 1",
+        )
+        ended = perdure("verify")
+        assert ended.code == 1
+        assert f"{ONE} version 1 can't be folded (its time is none)" in ended.out
+        unreadable = [line for line in ended.lines if "can't be folded (an event" in line]
+        assert len(unreadable) >= 2
+        for line, (task_id, version) in zip(
+            unreadable, [found for found in running if found[0] != ONE], strict=True
+        ):
+            assert line.startswith(f"{task_id} version {version} can't be folded")
+        assert "run `perdure verify`" not in ended.out
+        rebuilt = perdure("rebuild")
+        assert rebuilt.code == 1
+        assert "can't be folded" in rebuilt.err
+        assert "run `perdure verify`" in rebuilt.err
 
     @pytest.mark.parametrize("value", ["2", "'x'", "1.5", "-1"])
     def test_schema_version(self, story: Path, perdure: Perdure, value: str) -> None:

@@ -20,7 +20,7 @@ from perdure.cli.progress import progress
 from perdure.cli.records import find_task_row, refuse_archived
 from perdure.cli.session import Session, add_command, add_group
 from perdure.cli.terminal import complain, one_line, say, show_json, show_line
-from perdure.errors import DatabaseCorrupt, DatabaseIncompatible
+from perdure.errors import DatabaseIncompatible
 from perdure.store.readonly import Reader
 
 if TYPE_CHECKING:
@@ -98,11 +98,13 @@ def verify(
                 )
             with progress("comparing tasks") as step:
                 try:
-                    differed = rebuilding.compare(connection, step, helpers).differed
-                except DatabaseCorrupt as error:
-                    report.problem(str(error))
+                    compared = rebuilding.compare(connection, step, helpers)
                 except DatabaseIncompatible:
                     report.problem(verification.NOT_COMPARED)
+                else:
+                    differed = compared.differed
+                    for problem in compared.problems:
+                        report.problem(problem)
         read = look_into(connection, archives or (), report, expected)
     if differed:
         report.problem(

@@ -342,12 +342,13 @@ def _prove(database: Database, stages: Stages) -> None:
         with stages("verifying the copy") as step:
             problems = verify(connection, progress=step).problems
         with stages("comparing tasks") as step:
-            differed = compare(connection, step).differed
+            compared = compare(connection, step)
+    problems += compared.problems
     if problems:
         raise DatabaseCorrupt(
             f"what was to be archived isn't what was written ({problems[0]}): run `perdure verify`"
         )
-    if differed:
+    if compared.differed:
         raise DatabaseCorrupt(
             "`tasks` differs from the log in what was to be archived: run `perdure rebuild`"
         )

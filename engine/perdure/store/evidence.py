@@ -100,15 +100,17 @@ def _verify_itself(inside: Connection, own: VerifyReport) -> None:
     if own.archive_of is None:
         own.problem("it is no archive")
     try:
-        differed = compare(inside).differed
+        compared = compare(inside)
     except DatabaseIncompatible:
         own.problem(NOT_COMPARED)
         return
     except PerdureError as error:
         own.problem(str(error))
         return
-    if differed:
-        own.problem(f"`tasks` differs from its events in {differed} rows")
+    for problem in compared.problems:
+        own.problem(problem)
+    if compared.differed:
+        own.problem(f"`tasks` differs from its events in {compared.differed} rows")
 
 
 def _check_page(

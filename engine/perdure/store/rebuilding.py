@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, lru_cache
 from typing import Any, Final, NamedTuple
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from perdure.errors import DatabaseCorrupt, InvalidTransition
-from perdure.events import Archived, Event, Running, decode, decode_text
+from perdure.events import LOOK_CLOSER, Archived, Running, decode, decode_text
 from perdure.store import scanning
 from perdure.store.bulk import Bulk, plain_rows
 from perdure.store.dialect import take_time
@@ -29,21 +29,24 @@ from perdure.store.scanning import (
     page_of,
 )
 from perdure.store.schema import CanonicalJson, events, log_head, streams, tasks
+from perdure.store.walking import MOST_PROBLEMS
 
 __all__ = ["RebuildReport", "compare", "rebuild"]
 
 
 @dataclass(slots=True)
 class RebuildReport:
-    """What `rebuild` found.
+    """What `rebuild` or `compare` found.
 
     Attributes:
-        tasks: How many rows there are now.
+        tasks: How many rows there are now, or should be.
         differed: How many of them were missing, too many, or not what the log says.
+        problems: Tasks whose events can't be folded, a line each; at most the first hundred.
     """
 
     tasks: int = 0
     differed: int = 0
+    problems: list[str] = field(default_factory=list[str])
 
 
 # What the driver gets for a row, or gives for one, in the order of the columns.
@@ -73,6 +76,8 @@ def rebuild(
         report.differed = connection.execute(sa.delete(tasks).where(_SURPLUS)).rowcount
         removed: set[int] = set()
         for share, found in _each_share(connection, helpers, report, progress):
+            for problem in found.problems:
+                raise DatabaseCorrupt(f"{problem}: {LOOK_CLOSER}")
             again = {key for key in removed if share.after < key <= share.last}
             if again:  # since it was looked at
                 found = _look(connection, share)
@@ -93,6 +98,7 @@ def compare(
     report = RebuildReport(differed=connection.execute(counted).scalar_one())
     for _share, found in _each_share(connection, helpers, report, progress):
         report.differed += len(found.wrong)
+        report.problems += found.problems[: MOST_PROBLEMS - len(report.problems)]
     return report
 
 
@@ -110,11 +116,13 @@ class _Found(NamedTuple):
         tasks: How many rows there should be.
         wrong: The streams whose row is missing, too many, or not what the log says.
         to_write: Streams whose row is to be written anew, with the right one; None for none.
+        problems: What keeps streams from being folded; their rows aren't looked at.
     """
 
     tasks: int
     wrong: list[int]
     to_write: dict[int, _Values | None]
+    problems: list[str]
 
 
 def _each_share(
@@ -143,8 +151,9 @@ def _shares(connection: Connection) -> Iterator[_Share]:
 
 def _look(connection: Connection, share: _Share) -> _Found:
     """Hold what the driver gives for each row against what it would get for the right one."""
-    folds = leniently(connection, lambda: _fold(connection, share))
-    right = _right_rows(connection, folds.values())
+    folds, problems = leniently(connection, lambda: _fold(connection, share))
+    right = _right_rows(connection, folds.values(), problems)
+    folds = {key: fold for key, fold in folds.items() if key not in problems}
     on_server = connection.dialect.name == "postgresql"
     page = page_of(connection, _stored_rows(connection.dialect.name), share._asdict())
     stored = {row[0]: row for row in page}
@@ -152,7 +161,8 @@ def _look(connection: Connection, share: _Share) -> _Found:
     written = set(wrong)
     if on_server:
         written.update(key for key, row in right.items() if _may_hide_a_difference(row))
-    return _Found(len(right), wrong, {key: right.get(key) for key in sorted(written)})
+    to_write = {key: right.get(key) for key in sorted(written)}
+    return _Found(len(right), wrong, to_write, [problems[key] for key in sorted(problems)])
 
 
 def _within_share(column: sa.Column[int]) -> sa.ColumnElement[bool]:
@@ -223,84 +233,89 @@ def _stored_rows(dialect: str) -> sa.Select[*tuple[Any, ...]]:
     ).where(_within_share(tasks.c.stream_id))
 
 
-def _right_rows(connection: Connection, folds: Iterable[TaskFold]) -> dict[int, _Values]:
-    """Return the rows that there should be, by stream."""
-    rows = [_row(fold) for fold in folds if fold.version]
+def _right_rows(
+    connection: Connection, folds: Iterable[TaskFold], problems: dict[int, str]
+) -> dict[int, _Values]:
+    """Return the rows that there should be, by stream; adds to ``problems`` where that fails."""
+    rows: list[TaskRow] = []
+    for fold in folds:
+        if fold.version and fold.stream_id not in problems:
+            try:
+                rows.append(fold.new_row())
+            except UNREADABLE as error:
+                problems[fold.stream_id] = f"{fold.task_id} can't be what was submitted ({error})"
     return {row[0]: row for row in _INSERT.bound(connection.dialect, rows)}
 
 
-def _fold(connection: Connection, share: _Share) -> dict[int, TaskFold]:
-    """Return the folds of these streams, by ascending stream."""
+def _fold(connection: Connection, share: _Share) -> tuple[dict[int, TaskFold], dict[int, str]]:
+    """Return the folds of these streams, by ascending stream, and what is wrong with others."""
     given = share._asdict()
     folds = {
         stream_id: TaskFold(task_id, stream_id)
         for stream_id, task_id in plain_rows(connection, _THERE, given)
     }
     with closing(plain_rows(connection, _TOLD, given)) as rows:
-        _fold_in(folds, rows)
-    return folds
+        return folds, _fold_in(folds, rows)
 
 
-def _fold_in(folds: Mapping[int, TaskFold], rows: Iterable[tuple[Any, ...]]) -> None:
-    """Fold events, by stream and version, into the folds of their streams."""
+def _fold_in(folds: Mapping[int, TaskFold], rows: Iterable[tuple[Any, ...]]) -> dict[int, str]:
+    """Fold events, by stream and version, into the folds of their streams.
+
+    Returns:
+        What is wrong with streams that can't be folded, by stream.
+    """
+    problems: dict[int, str] = {}
     fold: TaskFold | None = None
     expected = 1
     moment: datetime = NO_MOMENT
     moment_as_stored: object = None
     for stream_id, version, type_, schema_version, data, recorded_at in rows:
         if fold is None or stream_id != fold.stream_id:
+            if stream_id in problems:
+                continue
             fold = folds.get(stream_id)
             if fold is None:
-                raise DatabaseCorrupt(
-                    f"an event of stream {stream_id} can't be folded, for there is no such stream: "
-                    "run `perdure verify`"
+                problems[stream_id] = (
+                    f"an event of stream {stream_id} can't be folded, for there is no such stream"
                 )
+                continue
             expected = 1
         if recorded_at != moment_as_stored:
             moment, moment_as_stored = moment_of(recorded_at), recorded_at
         if type_ == Archived.type and expected == 1:
             expected = version  # what was before is in an archive; the event says how much it was
-        if moment is NO_MOMENT or version != expected:
-            raise DatabaseCorrupt(
-                f"{fold.task_id} version {version} can't be folded: run `perdure verify`"
-            )
-        expected += 1
         piece = decode_text(schema_version, data) if type_ == "chunk" else None
-        if piece is not None and fold.apply_text(*piece):
+        in_order = version == expected and moment is not NO_MOMENT
+        if in_order and piece is not None and fold.apply_text(*piece):
+            expected += 1
             continue
-        known = _decode_again if type_ == Running.type else decode
-        try:
-            event = known(type_, schema_version, data)
-        except UNREADABLE as error:  # a schema version that is no number
-            raise DatabaseCorrupt(
-                f"{fold.task_id} version {version} is unreadable ({error}): run `perdure verify`"
-            ) from None
-        _take(fold, event, moment)
-        if fold.version != version:
-            raise DatabaseCorrupt(
-                f"{fold.task_id} version {version} should be version {fold.version}: "
-                "run `perdure verify`"
-            )
+        problem = None
+        if moment is NO_MOMENT:
+            problem = "its time is none"
+        elif version != expected:
+            problem = f"version {expected} should come first"
+        else:
+            problem = _apply(fold, type_, schema_version, data, moment)
+            if problem is None and fold.version != version:  # of what stands in for an archive
+                problem = f"it should be version {fold.version}"
+        expected += 1
+        if problem is not None:
+            problems[stream_id] = f"{fold.task_id} version {version} can't be folded ({problem})"
+            fold = None
+    return problems
+
+
+def _apply(
+    fold: TaskFold, type_: str, schema_version: int, data: str | bytes, at: datetime
+) -> str | None:
+    """Fold the next event in; returns what keeps it from that."""
+    known = _decode_again if type_ == Running.type else decode
+    try:
+        fold.apply_one(known(type_, schema_version, data), at)
+    except (DatabaseCorrupt, InvalidTransition, *UNREADABLE) as error:
+        return str(error).removesuffix(f": {LOOK_CLOSER}")
+    return None
 
 
 # What one worker claims with one model begins alike.
 _decode_again: Final = lru_cache(maxsize=256)(decode)
-
-
-def _take(fold: TaskFold, event: Event, at: datetime) -> None:
-    try:
-        fold.apply_one(event, at)
-    except (InvalidTransition, *UNREADABLE) as error:
-        raise DatabaseCorrupt(
-            f"{fold.task_id} version {fold.version + 1} can't be folded ({error}): "
-            "run `perdure verify`"
-        ) from None
-
-
-def _row(fold: TaskFold) -> TaskRow:
-    try:
-        return fold.new_row()
-    except UNREADABLE as error:
-        raise DatabaseCorrupt(
-            f"{fold.task_id} can't be what was submitted ({error}): run `perdure verify`"
-        ) from None
