@@ -166,6 +166,19 @@ def test_tasks_run_to_the_end_and_only_once(tmp_path: Path) -> None:
         assert counted.fetchall() == [("completed", 12)]
 
 
+def test_rooms_are_all_on_the_map() -> None:
+    """The architecture's list of the engine's modules names each of them once, and no other."""
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    listed = text.partition("## The rooms")[2].partition("```")[2].partition("```")[0]
+    rooms = re.findall(r"\b(\w+)(?:\.py|/)", listed)
+    there = [
+        path.stem
+        for path in (ROOT / "engine/perdure").iterdir()
+        if not path.name.startswith(("_", ".")) and path.suffix in ("", ".py")
+    ]
+    assert sorted(rooms) == sorted(there)
+
+
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 

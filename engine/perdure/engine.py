@@ -20,6 +20,7 @@ from perdure.conversation import go_on
 from perdure.errors import (
     DatabaseUnavailable,
     EngineClosed,
+    InvalidConfig,
     InvalidTask,
     InvalidTransition,
     PerdureError,
@@ -127,9 +128,12 @@ class Engine:
                 ``adapters``, or what `perdure.toml` says.
 
         Raises:
-            InvalidConfig: `perdure.toml` can't be read, or ``adapters`` aren't what they should be.
+            InvalidConfig: `perdure.toml` can't be read, or an argument isn't what it should be.
             DatabaseIncompatible: ``url`` names no database that perdure can use.
         """
+        for name, given, kind in (("scope", scope, Scope), ("settings", settings, WorkerSettings)):
+            if given is not None and not isinstance(given, kind):
+                raise InvalidConfig(f"{name}: give a {kind.__name__}, not {given!r:.80}")
         settings_of: Mapping[str, Mapping[str, Any]] = {}
         if adapters is None:
             config = load_config()

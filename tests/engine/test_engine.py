@@ -1326,6 +1326,14 @@ def test_what_are_no_adapters_is_refused(db: Path, given: Any, said: str) -> Non
         Engine.open(db, adapters=given)
 
 
+@pytest.mark.parametrize("name", ["scope", "settings"])
+def test_what_is_no_scope_and_no_settings_is_refused(db: Path, name: str) -> None:
+    """At once, and not by a worker that fails later."""
+    wrong: dict[str, Any] = {name: {"concurrency": 3}}
+    with pytest.raises(InvalidConfig, match=f"{name}: give a "):
+        Engine.open(db, adapters=[ScriptedAdapter()], **wrong)
+
+
 async def test_readers_are_told_when_the_engine_closes(db: Path) -> None:
     """Who waits for a task that won't end any more is not left waiting."""
     hold = Hold()
