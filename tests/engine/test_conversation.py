@@ -31,6 +31,7 @@ from perdure import (
     Usage,
 )
 from perdure.checking import Checker
+from perdure.cli.main import run
 from perdure.policy import RetryPolicy
 from perdure.testing import Hold, ScriptedAdapter, Step
 
@@ -411,6 +412,34 @@ async def test_tool_calls_are_in_the_result_and_in_the_table(db: Path) -> None:
     calls = json.loads(stored) if isinstance(stored, str) else stored
     assert calls[0]["arguments"]["city"] == "Bonn"
     assert_sound(db)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": 1, "name": "f"},
+        {"id": "1", "name": "f", "arguments": {}, "type": "function"},
+        {"name": None},
+        {},
+        [1, 2],
+        5,
+        r'{"id":"1","name":"\q","arguments":{}}',
+    ],
+)
+async def test_a_tool_call_that_is_none_stays_as_it_came(db: Path, call: Any) -> None:
+    """What a model garbled can be fetched: right after, later, as a record, and by the command."""
+    line = call if isinstance(call, str) else json.dumps(call)
+    end = Completed(finish_reason="tool_calls")
+    async with engine_on(db, answers([Chunk(text=line, kind="tool_call"), end])) as engine:
+        task_id = await engine.submit_task(Task(prompt="?"))
+        at_once = await engine.get_result(task_id, 30)
+        later = await engine.get_result(task_id)
+        (record,) = await engine.list_tasks()
+    expected = (ToolCall(name="", arguments=call),)
+    assert at_once.tool_calls == later.tool_calls == record.tool_calls == expected
+    assert_sound(db)
+    for command in (["show", task_id], ["export"]):
+        assert await asyncio.to_thread(run, [*command, "--db", str(db)]) == 0
 
 
 # -- picking up ------------------------------------------------------------------------------------

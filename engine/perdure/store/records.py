@@ -94,13 +94,16 @@ _USAGE_COLUMNS: Final = tuple(name for name in Usage.model_fields if name.endswi
 
 
 def _tool_call(call: Any) -> ToolCall:  # noqa: ANN401 - what the model made of it
-    if isinstance(call, dict):
-        return ToolCall.model_validate(call)
-    opening = _UNREADABLE_CALL.match(str(call))
-    if opening is None:
-        return ToolCall(name="", arguments=call)
-    id_, name, arguments = opening.groups()
-    return ToolCall(id=orjson.loads(id_), name=orjson.loads(name), arguments=arguments)
+    """Return a call that was asked for; what is none, as models write it at times, as it came."""
+    try:
+        if isinstance(call, dict):
+            return ToolCall.model_validate(call)
+        if opening := _UNREADABLE_CALL.match(str(call)):
+            id_, name, arguments = opening.groups()
+            return ToolCall(id=orjson.loads(id_), name=orjson.loads(name), arguments=arguments)
+    except ValueError:  # pydantic's is one, and so is that of a string with a bad escape
+        pass
+    return ToolCall(name="", arguments=call)
 
 
 class Outcome(NamedTuple):
