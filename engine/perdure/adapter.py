@@ -17,6 +17,11 @@ The rules, held by `perdure.testing.AdapterContract`:
 * Cancelling the task that iterates closes the connection; `CancelledError` is never swallowed.
 * With `call.resume` of mode `reattach` the very same response goes on after `call.resume.cursor`.
   An error that ends that response says so (`response_over`), or it would be picked up again.
+* Events are perdure's own, as validation makes them: what the log couldn't give back fails the
+  task, and so does a class derived from them that has fields of its own. Anything else that is
+  raised is an `AdapterFault`.
+* Nothing blocks the event loop, which all tasks share. Whatever else an adapter does wrong costs
+  its own task only (`perdure.containment`).
 """
 
 from __future__ import annotations
@@ -112,7 +117,8 @@ class Adapter(Protocol):
     Attributes:
         platform: Its name: lower-case letters, digits and underscores.
         capabilities: What it can do.
-        default_model: Used where a task names none; None leaves it to the platform.
+        default_model: Used where a task names none; None leaves it to the platform. It is asked
+            for whenever tasks are claimed.
         prices: The provider's name in the price table (`genai-prices`), or None where calls
             cost nothing that could be known.
     """

@@ -22,10 +22,17 @@ from typing import Any, Final
 
 from perdure.adapter import Adapter, Call
 from perdure.checking import Checker, Unchecked
+from perdure.containment import (
+    CHUNK_KINDS,
+    AdapterFault,
+    admit,
+    admit_error,
+    contained,
+    described,
+)
 from perdure.errors import (
     ConcurrencyError,
     EngineClosed,
-    FinalError,
     InvalidConfig,
     OutputInvalid,
     PlatformError,
@@ -40,11 +47,9 @@ from perdure.events import (
     Chunk,
     Completed,
     Event,
-    FileCreated,
     Interrupted,
     RecordedEvent,
     UsageReported,
-    encode,
 )
 from perdure.gathering import Gathering
 from perdure.lifecycle import TaskState
@@ -55,7 +60,6 @@ from perdure.store.log import EventLog
 from perdure.store.transaction import Transaction
 from perdure.structured import check_briefly
 from perdure.task import TaskStatus, Usage
-from perdure.text import check_json
 from perdure.unchecked import unchecked
 
 __all__ = ["Attempt", "Stop", "Timing"]
@@ -114,6 +118,8 @@ class Timing:
         return self.chunk_interval * min(max(elapsed / FINE_SECONDS, 1.0), MOST_STRETCHED)
 
 
+# An adapter that yields this many events on the way, and never waits, lets others have a turn.
+EVENTS_IN_A_TURN: Final = 16
 # So long an answer is written down in the finest pieces.
 FINE_SECONDS: Final = 2.0
 MOST_STRETCHED: Final = 10.0
@@ -182,7 +188,9 @@ class Attempt:
         self._over = False  # nothing more may be written: it was lost, has ended, or the log broke
         self._closing = False
         self._accepted = claimed.state.accepted
+        self._since_turn = 0  # events on the way, since the loop last had a turn for them
         self._failure: Exception | None = None
+        self._refused: Exception | None = None  # what the log said to the one who reads
 
     def stop(self, why: Stop) -> None:
         """Ask the attempt to end; the first reason counts."""
@@ -252,45 +260,59 @@ class Attempt:
         async for event in stream:
             if self._closing and not isinstance(event, Completed):
                 raise asyncio.CancelledError  # the adapter swallowed the one before
-            if not isinstance(event, Chunk):
-                if (end := await self._take_in(event)) is not None:
-                    return end
-                continue
-            # Here for every delta of every answer.
-            if event.cursor is not None and not event.cursor.isascii():
-                _check_storable(event)
-            if not gathered.add_piece(event):
-                continue
-            if self._text_came is None:
-                self._text_came = self._loop.time()
-            self._note_news()
+            # Here for every delta of every answer: those that can only be right are taken as they
+            # are. `isinstance` would let a derived class pass, which the log can't give back.
+            if (
+                type(event) is Chunk
+                and type(text := event.text) is str
+                and (kind := event.kind) in CHUNK_KINDS
+                and ((cursor := event.cursor) is None or _is_plain(cursor))
+            ):
+                has_text = gathered.add_piece(text, kind, cursor)
+            else:
+                admitted = admit(event)
+                if isinstance(admitted, Completed):
+                    return admitted
+                if isinstance(admitted, Chunk):
+                    has_text = gathered.add_piece(admitted.text, admitted.kind, admitted.cursor)
+                else:
+                    await self._take_in(admitted)
+                    has_text = False
+            if has_text:
+                if self._text_came is None:
+                    self._text_came = self._loop.time()
+                self._note_news()
+            else:
+                await self._give_turn()
             if gathered.characters > most:
                 self._room = asyncio.Event()
                 await self._room.wait()
         raise StreamTruncated("the stream ended without the platform's end marker")
 
-    async def _take_in(self, event: Event) -> Completed | None:
-        """Take what isn't a piece of the output; returns it where it is the end."""
-        _check_storable(event)
-        match event:
-            case UsageReported():
-                self._usage = event.usage
-                self._note_news()
-            case Accepted():
-                self._accepted = event
-                if event.reattachable:  # what a crash must not lose is written before going on
+    async def _give_turn(self) -> None:
+        """Let others go on now and then: an adapter that never waits would hold them all up."""
+        self._since_turn += 1
+        if self._since_turn >= EVENTS_IN_A_TURN:
+            self._since_turn = 0
+            await asyncio.sleep(0)
+
+    async def _take_in(self, event: Event) -> None:
+        """Take what is neither a piece of the output nor the end."""
+        if isinstance(event, UsageReported):
+            self._usage = event.usage
+            self._note_news()
+            return
+        if isinstance(event, Accepted):
+            self._accepted = event
+            if event.reattachable:  # what a crash must not lose is written before going on
+                try:
                     await _uninterrupted(asyncio.ensure_future(self._append(event)))
-                else:
-                    self._gathered.add(event)
-                    self._note_news()
-            case FileCreated():
-                self._gathered.add(event)
-                self._note_news()
-            case Completed():
-                return event
-            case _:
-                raise FinalError(f"the adapter yielded {event.type!r}, which is not its to write")
-        return None
+                except (StoreError, EngineClosed) as error:
+                    self._refused = error
+                    raise
+                return
+        self._gathered.add(event)
+        self._note_news()
 
     def _note_news(self) -> None:
         """See to it that what has gathered is written, unless the end takes it along."""
@@ -459,12 +481,13 @@ class Attempt:
             return
         if self._end_event is not None:  # it has ended by itself
             return
-        try:
-            async with asyncio.timeout(self._timing.closing_seconds):
-                await self._adapter.stop(accepted.response_id)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the task ends all the same
+        response_id = accepted.response_id
+        error = await contained(
+            lambda: self._adapter.stop(response_id), self._timing.closing_seconds
+        )
+        if error is not None:  # whatever it is, the task ends all the same
             _log.warning(
-                "%s: %r could not be stopped: %s", self.task_id, accepted.response_id, error
+                "%s: %r could not be stopped: %s", self.task_id, response_id, described(error)
             )
 
     async def _conclude(self) -> None:
@@ -484,12 +507,13 @@ class Attempt:
             else:
                 await self._complete(end)
         elif isinstance(error, PlatformError):
-            await self._fail(error)
-        elif isinstance(error, (StoreError, EngineClosed)):
-            self._failure = error
+            await self._fail(admit_error(error))
+        elif error is not None and error is self._refused:
+            # The log's own. Of the same type an adapter can raise what another engine told it.
+            self._failure = self._refused
         elif error is not None:
-            _log.error("the adapter %r failed", self._adapter.platform, exc_info=error)
-            await self._fail(_AdapterFault(error))
+            _log.error("the adapter %r failed", self._state.platform, exc_info=error)
+            await self._fail(AdapterFault(f"the adapter failed: {described(error)}"))
 
     async def _check_answer(self, end: Completed) -> None:
         """Return if the answer satisfies the task's schema, where that has one.
@@ -575,8 +599,17 @@ class Attempt:
     def _spent(self) -> Spent:
         named = self._accepted.model if self._accepted is not None else None
         model = named or self._state.model
-        cost, version = price(self._adapter.prices, model, self._usage, self._started_at)
+        cost, version = price(self._provider(), model, self._usage, self._started_at)
         return Spent(self._usage, cost, version)
+
+    def _provider(self) -> str | None:
+        """Return the provider's name in the price table; None where the adapter has no such."""
+        try:
+            provider: object = self._adapter.prices
+        except Exception as error:  # noqa: BLE001 - the answer is there, only its price isn't known
+            _log.error("the adapter %r has no prices: %s", self._state.platform, described(error))
+            return None
+        return provider if isinstance(provider, str) else None
 
     # -- closing ---------------------------------------------------------------------------------
 
@@ -592,7 +625,7 @@ class Attempt:
         done, _pending = await asyncio.wait({reading}, timeout=self._timing.closing_seconds)
         if not done:
             what = "end its stream" if over else "let itself be stopped"
-            _log.error("the adapter %r does not %s", self._adapter.platform, what)
+            _log.error("the adapter %r does not %s", self._state.platform, what)
             reading.cancel()
 
     async def _stop_writing(self) -> None:
@@ -604,26 +637,8 @@ class Attempt:
         await asyncio.wait({writing})
 
 
-def _check_storable(event: Event) -> None:
-    """Raise unless the log can hold what an adapter yielded; a chunk's text is mended later."""
-    try:
-        encode(event.model_copy(update={"text": ""}) if isinstance(event, Chunk) else event)
-        if isinstance(event, (UsageReported, Completed)) and event.usage is not None:
-            check_json(event.usage.model_dump(exclude={"raw"}))  # columns hold 63 bits
-    except (TypeError, ValueError) as error:
-        raise FinalError(
-            f"the adapter yielded {event.type!r} with something that can't be stored: {error}"
-        ) from None
-
-
-class _AdapterFault(FinalError):
-    """An adapter raised something that is no `PlatformError`: a fault of the adapter's."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(f"the adapter failed: {type(error).__name__}: {error}")
-
-
-_AdapterFault.__name__ = "AdapterFault"
+def _is_plain(cursor: object) -> bool:
+    return type(cursor) is str and cursor.isascii() and "\0" not in cursor
 
 
 async def _uninterrupted(work: asyncio.Future[Any]) -> Any:  # noqa: ANN401

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from perdure.events import Chunk, ChunkKind, Event
 from perdure.text import clean_text
 from perdure.unchecked import unchecked
 
 __all__ = ["Gathering"]
+
+EVENT_CHARACTERS: Final = 256
 
 
 @dataclass(slots=True)
@@ -32,7 +35,8 @@ class Gathering:
         keep: Whether the text is needed as a whole.
 
     Attributes:
-        characters: How much has gathered.
+        characters: How much has gathered; an event that is no chunk counts for some more than its
+            texts, so that without any it counts too.
     """
 
     def __init__(self, lengths: Mapping[ChunkKind, int], output: str, *, keep: bool) -> None:
@@ -48,17 +52,21 @@ class Gathering:
         """Take what came next, which is no chunk."""
         self._parts.append(event)
         self._run = None
+        texts = [value for value in vars(event).values() if isinstance(value, str)]
+        self.characters += EVENT_CHARACTERS + sum(map(len, texts))
 
-    def add_piece(self, piece: Chunk) -> bool:
-        """Take a chunk; returns whether it has text. One without only moves the cursor on."""
-        text, cursor = piece.text, piece.cursor
+    def add_piece(self, text: str, kind: ChunkKind, cursor: str | None) -> bool:
+        """Take a chunk; returns whether it has text. One without only moves the cursor on.
+
+        It comes in parts, since each of them takes long to be read from a model.
+        """
         if cursor:
             self._cursor = cursor
         if not text:
             return False
         run = self._run
-        if run is None or run.kind != piece.kind:
-            run = self._run = _Run(piece.kind)
+        if run is None or run.kind != kind:
+            run = self._run = _Run(kind)
             self._parts.append(run)
         run.texts.append(text)
         self.characters += len(text)

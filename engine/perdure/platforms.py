@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Self, cast
 
 from perdure.adapter import Adapter
 from perdure.config import load_config
+from perdure.containment import contained, described
 from perdure.errors import (
     InvalidConfig,
     NotConfigured,
@@ -18,6 +19,7 @@ from perdure.errors import (
     PlatformError,
     UnknownPlatform,
 )
+from perdure.text import check_text
 
 __all__ = ["GROUP", "Platforms", "check_adapters"]
 
@@ -46,6 +48,7 @@ class Platforms:
     ) -> None:
         self._settings: dict[str, Mapping[str, Any]] = dict(settings or {})
         self._made: dict[str, Adapter] = {}
+        self._odd: set[str] = set()
         self._found: Mapping[str, EntryPoint] = {}
         if adapters is None:
             found = {found.name: found for found in entry_points(group=GROUP)}
@@ -75,6 +78,23 @@ class Platforms:
     def made(self) -> Mapping[str, Adapter]:
         """The adapters made so far."""
         return self._made
+
+    def default_models(self) -> dict[str, str | None]:
+        """Return the model of each adapter made so far that is used where a task names none.
+
+        It may have changed since the adapter was made. One that can't be written down is left to
+        the adapter, and named once in the program's log.
+        """
+        models: dict[str, str | None] = {}
+        for name, adapter in self._made.items():
+            models[name] = None
+            try:
+                models[name] = _default_model(adapter)
+            except ValueError as error:
+                if name not in self._odd:
+                    self._odd.add(name)
+                    _log.error("the platform %r: %s", name, error)
+        return models
 
     def check(self, name: str) -> None:
         """Raise `UnknownPlatform` unless there is a platform of that name."""
@@ -110,27 +130,28 @@ class Platforms:
 
     async def stop(self, name: str, response_id: str) -> None:
         """Stop a response that goes on at a platform without us, as well as that can be done."""
-        try:
-            async with asyncio.timeout(CLOSING_SECONDS):
-                await self.get(name).stop(response_id)
-        except Exception as error:  # noqa: BLE001 - the task has ended all the same
-            _log.warning("%s: %r could not be stopped: %s", name, response_id, error)
+
+        async def stop() -> None:
+            await self.get(name).stop(response_id)
+
+        error = await contained(stop, CLOSING_SECONDS)
+        if error is not None:  # the task has ended all the same
+            _log.warning("%s: %r could not be stopped: %s", name, response_id, described(error))
 
     async def close(self) -> None:
         """Close the adapters that were made."""
         for name, adapter in self._made.items():
-            try:
-                async with asyncio.timeout(CLOSING_SECONDS):
-                    await adapter.close()
-            except Exception as error:  # noqa: BLE001 - the rest is to be closed too
-                _log.warning("the platform %r could not be closed: %r", name, error)
+            error = await contained(partial(_close, adapter), CLOSING_SECONDS)
+            if error is not None:  # the rest is to be closed too
+                _log.warning("the platform %r could not be closed: %s", name, described(error))
 
 
 def check_adapters(given: object) -> None:
     """Raise unless these can be the adapters of an engine.
 
     Raises:
-        InvalidConfig: They are no sequence of adapters, or two of them are for one platform.
+        InvalidConfig: They are no sequence of adapters, two of them are for one platform, or one
+            has a default model that can't be written down.
     """
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
         raise InvalidConfig("adapters: give a list of adapters, as in [ClaudeAdapter()]")
@@ -149,7 +170,38 @@ def check_adapters(given: object) -> None:
                 f"adapters: two of them are for the platform {adapter.platform!r}: name one of "
                 "them otherwise by its argument `platform`"
             )
+        try:
+            _default_model(adapter)
+        except ValueError as error:
+            raise InvalidConfig(f"adapters: the platform {adapter.platform!r}: {error}") from None
         taken.add(adapter.platform)
+
+
+async def _close(adapter: Adapter) -> None:
+    await adapter.close()
+
+
+def _default_model(adapter: Adapter) -> str | None:
+    """Return the model that is used where a task names none.
+
+    Raises:
+        ValueError: It is no text, or none that can be stored.
+    """
+    try:
+        model: Any = adapter.default_model
+    except Exception as error:  # noqa: BLE001 - it may be a property of somebody else's
+        raise ValueError(f"its default_model can't be had: {described(error)}") from None
+    if model is None:
+        return None
+    if not isinstance(model, str):
+        kind = type(model).__name__
+        raise ValueError(  # noqa: TRY004 - whatever is wrong, it is said alike
+            f"its default_model is a {kind}: give the model's name, or None"
+        )
+    try:
+        return check_text(str.__str__(model))  # not that of an enum, which is another
+    except ValueError as error:
+        raise ValueError(f"its default_model {error}") from None
 
 
 def _kind(name: str, settings: Mapping[str, Any], found: Mapping[str, EntryPoint]) -> EntryPoint:
@@ -171,9 +223,10 @@ def _make(name: str, found: EntryPoint, settings: Mapping[str, Any] | None) -> A
     try:
         factory: Any = found.load()
         adapter: Adapter = factory(**given)
-    except PlatformError:
+        _default_model(adapter)
+    except (PlatformError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # whatever is wrong with one platform, the others go on
-        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+    except BaseException as error:  # whatever is wrong with one platform, the others go on
+        what = str(error) if isinstance(error, ImportError) else described(error)
         raise NotConfigured(f"the platform {name!r} can't be loaded: {what}") from error
     return adapter

@@ -411,7 +411,11 @@ class Worker:
         self._attempts[claimed.task_id] = attempt
         if self._stop_all is not None:  # asked for while the task was being put together
             attempt.stop(self._stop_all)
-        await attempt.run()
+        try:
+            await attempt.run()
+        except asyncio.CancelledError:  # not by us, who ask attempts to end: else it ran for ever
+            await self._recover(claimed)
+            raise
 
     async def _fail_unstarted(self, claimed: Claimed, error: PlatformError) -> None:
         """Write down that the platform couldn't even be asked."""
@@ -429,8 +433,12 @@ class Worker:
             await self._log.append(claimed.task_id, (event,), claimed.state.version)
         except ConcurrencyError:
             # Someone asked for its cancellation meanwhile; whoever recovers it sees to that.
-            decide = partial(after_interruption, policy=self.settings.retry)
-            await self._log.write(lambda tx: claims.recover_one(tx, claimed, decide))
+            await self._recover(claimed)
+
+    async def _recover(self, claimed: Claimed) -> None:
+        """Take over what this worker itself has given up."""
+        decide = partial(after_interruption, policy=self.settings.retry)
+        await self._log.write(lambda tx: claims.recover_one(tx, claimed, decide))
 
     # -- being alive -----------------------------------------------------------------------------
 

@@ -30,7 +30,8 @@ def test_nothing_is_lost_or_moved(steps: list[tuple[Event, bool]], before: str) 
     taken: list[Event] = []
     for event, take in steps:
         if isinstance(event, Chunk):
-            assert gathering.add_piece(event) == bool(event.text)
+            given = gathering.add_piece(event.text, event.kind, event.cursor)
+            assert given == bool(event.text)
         else:
             gathering.add(event)
         if take:
@@ -59,25 +60,24 @@ def test_nothing_is_lost_or_moved(steps: list[tuple[Event, bool]], before: str) 
 def test_the_cursor_goes_with_the_last_piece(take_between: bool) -> None:
     """Also one that came without text, and was given no piece to go with yet."""
     gathering = Gathering({}, "", keep=False)
-    gathering.add_piece(Chunk(text="", cursor="7"))
+    gathering.add_piece("", "text", "7")
     if take_between:
         assert gathering.take() == []
-    gathering.add_piece(Chunk(text="a"))
-    gathering.add_piece(Chunk(text="b", kind="reasoning"))
+    gathering.add_piece("a", "text", None)
+    gathering.add_piece("b", "reasoning", None)
     assert [(e.text, e.cursor) for e in gathering.take() if isinstance(e, Chunk)] == [
         ("a", None),
         ("b", "7"),
     ]
 
 
-def test_a_chunk_of_an_adapters_own_kind() -> None:
-    """What is derived from a chunk is one: it gets its place, and becomes a plain one."""
-
-    class Marked(Chunk):
-        pass
-
+def test_events_without_text_count_too() -> None:
+    """So that an adapter that yields nothing else has to wait for the log as well."""
     gathering = Gathering({}, "", keep=False)
-    gathering.add_piece(Chunk(text="a"))
-    gathering.add_piece(Marked(text="b"))
-    (chunk,) = gathering.take()
-    assert (type(chunk), chunk) == (Chunk, Chunk(text="ab"))
+    gathering.add(FileCreated(path="a"))
+    one = gathering.characters
+    assert one > 1
+    gathering.add(FileCreated(path="a" * 1000))
+    assert gathering.characters == 2 * one + 999
+    gathering.take()
+    assert gathering.characters == 0
