@@ -151,6 +151,19 @@ def test_sql(url: str, lines: Lines) -> None:
     assert "task_events\tview\tdata\tjsonb" in lines(url, "sql")
 
 
+def test_a_vacuum_without_rights(postgresql_server: Server, url: str, refused: Refused) -> None:
+    """A role that may only look is told in one line that nothing was vacuumed."""
+    name = url.partition("?")[0].rpartition("/")[2]
+    postgresql_server.execute(
+        "CREATE ROLE looker LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO looker", name
+    )
+    try:
+        said = refused(url.replace("perdure@", "looker@"), "db", "vacuum")
+    finally:
+        postgresql_server.execute("DROP OWNED BY looker; DROP ROLE looker", name)
+    assert "was not vacuumed" in said
+
+
 def test_passwords_are_not_shown(url: str, perdure: Perdure, refused: Refused) -> None:
     """A URL with a password comes back without it."""
     secret = url.replace("perdure@", "perdure:sesame@")

@@ -89,7 +89,9 @@ async def test_an_outage_beyond_all_patience(
     monkeypatch.setattr("perdure.store.postgresql.PATIENCE_SECONDS", 0.3)
     hold = Hold()
     async with (
-        Engine.open(db, adapters=[ScriptedAdapter("half", hold, Completed())], settings=FAST) as first,
+        Engine.open(
+            db, adapters=[ScriptedAdapter("half", hold, Completed())], settings=FAST
+        ) as first,
         Engine.open(db, adapters=[DemoAdapter()], run=False) as other,
     ):
         task_id = await first.submit_task(Task(prompt="Say hello."))
@@ -167,8 +169,12 @@ def test_stopped_in_the_middle_of_anything(db: str, nursery: Nursery, tmp_path: 
     assert_sound(db)
 
 
-async def test_every_connection_is_taken() -> None:
-    """Where the server takes no more connections, what needs one waits for it."""
+async def test_every_connection_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the server takes no more connections, what needs one waits for it.
+
+    What only begins is told so after some seconds.
+    """
+    monkeypatch.setattr("perdure.store.reaching.OPENING_SECONDS", 0.3)
     with Server(max_connections="20") as server:
         server.execute("CREATE DATABASE own")
         url = server.url("own")
@@ -188,6 +194,13 @@ async def test_every_connection_is_taken() -> None:
                         pass
                 assert "too many clients" in str(refused.value)
                 assert len(str(refused.value).splitlines()) == 1
+                monkeypatch.setattr("perdure.store.reaching.OPENING_SECONDS", PATIENCE)
+                late = Engine.open(url, adapters=[DemoAdapter()], run=False)
+                opening = asyncio.create_task(late.__aenter__())
+                await asyncio.sleep(0.3)
+                assert not opening.done()
+            assert await asyncio.wait_for(opening, PATIENCE) is late
+            await late.close()
             results = await asyncio.wait_for(reading, PATIENCE)
         assert {result.status for result in results} == {"completed"}
         assert_sound(url)

@@ -24,7 +24,7 @@ from perdure.errors import DatabaseIncompatible, DatabaseUnavailable, StoreError
 from perdure.store import schema
 from perdure.store.database import Database
 from perdure.store.dialect import alembic_config
-from perdure.store.readonly import open_read_only
+from perdure.store.readonly import Reader, open_read_only
 from store.backends import opened
 
 
@@ -361,11 +361,34 @@ with Database(sys.argv[1]).read_only() as reader:
         assert str(path) in lines[0]
         assert lines[1:] == ["0"]
 
-    @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
-    def test_database_in_memory(self, url: str) -> None:
-        """What is gone with the process is no place for a durable log."""
-        with pytest.raises(DatabaseIncompatible, match="in memory"):
-            Database(url)
+    @pytest.mark.parametrize(
+        "url", ["sqlite://", "sqlite:///:memory:", ":memory:", "./:memory:", Path(":memory:")]
+    )
+    def test_database_in_memory(
+        self, url: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is gone with the process is no place for a durable log; nothing is left behind."""
+        monkeypatch.chdir(tmp_path)
+        for attempt in (Database, Reader.open):
+            with pytest.raises(DatabaseIncompatible, match="in memory"):
+                attempt(url)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            *(5, b"sesame.db", ["sesame.db"], object(), "sesame\0.db", Path("a\0sesame.db")),
+            *("sqlite:///sesame%00.db", "postgresql://me:sesame@h/x%00", "~sesame_not/x.db"),
+        ],
+        ids=repr,
+    )
+    def test_what_names_no_database(self, url: Any) -> None:
+        """Whatever is given in place of a name is refused in one line."""
+        for attempt in (Database, Reader.open):
+            with pytest.raises(DatabaseIncompatible) as refused:
+                attempt(url)
+            assert len(str(refused.value).splitlines()) == 1
+            assert "me:sesame" not in str(refused.value)
 
     @pytest.mark.parametrize("url", ["mysql://x/y", "http://localhost/a.db", "sqlite:/a.db://"])
     def test_url_of_something_else(self, url: str) -> None:

@@ -18,6 +18,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from psycopg.conninfo import conninfo_to_dict
 
 from engine.harness import eventually
 from perdure import Engine, Task
@@ -31,9 +32,13 @@ from perdure.errors import (
 from perdure.events import Chunk, Event, Submitted, canonical
 from perdure.store import log as log_module
 from perdure.store import postgresql as postgresql_module
+from perdure.store import reaching as reaching_module
 from perdure.store import roundtrips as roundtrips_module
 from perdure.store import schema
 from perdure.store.database import Database
+from perdure.store.dialect import spelt_url
+from perdure.store.postgresql_reader import PostgresqlReader
+from perdure.store.reaching import conninfo_of, patiently
 from perdure.store.readonly import Reader
 from perdure.store.roundtrips import MOST_UNANSWERED
 from perdure.store.transaction import FoldCache, Transaction
@@ -188,6 +193,52 @@ class TestReaching:
         with pytest.raises(DatabaseUnavailable, match="nowhere"):
             Database(postgresql.server.url("nowhere")).prepare()
 
+    async def test_names_with_spaces(self, postgresql: Postgresql) -> None:
+        """Whatever is in the names, escaped in the URL: all that connects reads them the same."""
+        server = postgresql.server
+        server.execute('CREATE DATABASE "My DB?+ü%"')
+        server.execute('CREATE ROLE "Weird Role" LOGIN SUPERUSER')
+        url = (
+            f"postgresql://Weird%20Role:a%20b@/My%20DB%3F%2B%C3%BC%25?host={server.directory}"
+            "&options=-c%20search_path%3Dpublic"
+        )
+        try:
+            database = Database(url)
+            database.upgrade()
+            assert Database(database.address).url == database.url
+            Database(database.address).prepare()
+            async with Engine.open(url, adapters=[DemoAdapter()]) as engine:
+                assert await engine.submit_task(Task(prompt="x"))
+                await eventually(lambda: engine.log.hears)
+            for reader in (Reader.open(url), database.read_only()):
+                with reader:
+                    found = reader.one("SELECT current_user, current_database() FROM log_head")
+                    assert found is not None
+                    assert [*found] == ["Weird Role", "My DB?+ü%"]
+        finally:
+            server.execute('DROP DATABASE IF EXISTS "My DB?+ü%" WITH (FORCE)')
+            server.execute('DROP ROLE "Weird Role"')
+
+    def test_what_passes_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A server that starts, or is full, is asked again; one that says no isn't."""
+        monkeypatch.setattr(reaching_module, "OPENING_SECONDS", 0.5)
+        calls: list[str] = []
+
+        def connect(*said: str) -> int:
+            calls.append("")
+            if len(calls) <= len(said):
+                raise psycopg.OperationalError(f"connection failed: FATAL:  {said[len(calls) - 1]}")
+            return len(calls)
+
+        starting, full = "the database system is starting up", "sorry, too many clients already"
+        assert patiently(lambda: connect(starting, full)) == 3
+        for said, most in (('role "x" does not exist', 1), (full, 10)):
+            calls.clear()
+            with pytest.raises(psycopg.OperationalError):
+                patiently(lambda said=said: connect(*[said] * 100))  # type: ignore[misc]
+            assert (most == 1) == (len(calls) == 1)
+            assert len(calls) <= most
+
     @pytest.mark.parametrize("driver", ["postgresql+asyncpg", "postgresql+psycopg2", "mysql"])
     def test_other_drivers(self, driver: str) -> None:
         """Other drivers are refused by name, without the password."""
@@ -200,6 +251,20 @@ class TestReaching:
         async with opened(database_url) as store:
             with pytest.raises(StoreError, match="read-only"):
                 await store.database.rows(sa.text("UPDATE log_head SET position = 7 RETURNING 1"))
+
+
+names = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1)
+
+
+@given(user=names, password=names, database=names, schema=names)
+def test_urls_are_read_back(user: str, password: str, database: str, schema: str) -> None:
+    """A URL that is spelt out stands for the same, to us and to libpq."""
+    query = {"host": "/run/a b", "options": f"-c search_path={schema}"}
+    url = sa.URL.create("postgresql", user, password, database=database, query=query)
+    assert sa.make_url(spelt_url(url)) == url
+    as_driver = url.set(drivername="postgresql+psycopg")
+    assert conninfo_to_dict(spelt_url(url)) == conninfo_to_dict(conninfo_of(as_driver))
+    assert "***" in spelt_url(url, hide_password=True)
 
 
 # Numbers that `jsonb` would write in another way, or could not hold at all.
@@ -800,11 +865,39 @@ class TestRoles:
                     connection.execute(statement.encode())
 
     def test_a_reader(self, granted: str) -> None:
-        """It has the views and nothing else."""
+        """It has the views and nothing else of content, by `perdure sql` as well."""
         url = granted.replace("perdure@", "perdure_reader@")
+        with Reader.open(url) as reader:
+            assert isinstance(reader, PostgresqlReader)
+            assert [*reader.ask("SELECT count(*) FROM task_events")[1]] == [(0,)]
         with psycopg.connect(url, autocommit=True) as connection:
             for view in schema.VIEWS:
                 connection.execute(f"SELECT * FROM {view}".encode())
-            for table in schema.metadata.tables:
+            for table in schema.metadata.tables.keys() - {"compatible"}:
                 with pytest.raises(psycopg.errors.InsufficientPrivilege):
                     connection.execute(f"SELECT * FROM {table}".encode())
+
+    def test_a_reader_and_another_schema(self, postgresql: Postgresql, granted: str) -> None:
+        """It is told that the schema isn't today's; a newer one that is compatible it may use."""
+        url, name = granted.replace("perdure@", "perdure_reader@"), postgresql.name(granted)
+        postgresql.server.execute("UPDATE alembic_version SET version_num = 'newer'", name)
+        Reader.open(url).close()
+        postgresql.server.execute("DELETE FROM compatible", name)
+        with pytest.raises(DatabaseIncompatible, match="upgrade perdure"):
+            Reader.open(url)
+
+    def test_a_vacuum_without_rights(self, postgresql: Postgresql, granted: str) -> None:
+        """A role that may not vacuum is told so: what was redacted would still be there."""
+        writer = Database(granted.replace("perdure@", "perdure_worker@")).writer()
+        try:
+            for full in (False, True):
+                with pytest.raises(DatabaseUnavailable, match="the role that owns") as refused:
+                    writer.vacuum(full=full)
+                assert len(str(refused.value).splitlines()) == 1
+        finally:
+            writer.close()
+        owner = Database(granted).writer()
+        try:
+            owner.vacuum(full=False)
+        finally:
+            owner.close()

@@ -24,8 +24,15 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from perdure.errors import DatabaseIncompatible, StoreError
-from perdure.store.dialect import HURRIED_SECONDS, Dialect, Writer, stored_revision
-from perdure.store.readonly import UNREADABLE_URL, Reader, path_of
+from perdure.store.dialect import HURRIED_SECONDS, Dialect, Writer, spelt_url, stored_revision
+from perdure.store.readonly import (
+    IN_MEMORY,
+    UNREADABLE_URL,
+    Reader,
+    file_at,
+    path_of,
+    text_of,
+)
 from perdure.store.sqlite import Sqlite
 
 if TYPE_CHECKING:  # on SQLite, who reads in threads does without (see `Dialect.readers`)
@@ -45,7 +52,7 @@ def parse_url(url: str | os.PathLike[str]) -> URL:
     Raises:
         DatabaseIncompatible: It names a database that perdure can't use.
     """
-    text = os.fspath(url)
+    text = text_of(url)
     if "://" not in text:
         return URL.create("sqlite", database=str(path_of(text)))
     try:
@@ -64,18 +71,16 @@ def parse_url(url: str | os.PathLike[str]) -> URL:
             "the URL of a file has three slashes, as in sqlite:///perdure.db, or four before a "
             "path from the root"
         )
-    if parsed.database in (None, "", ":memory:"):
-        raise DatabaseIncompatible(
-            "a database in memory is gone with the process: give a file, as in sqlite:///perdure.db"
-        )
-    return URL.create("sqlite", database=str(Path(str(parsed.database)).expanduser()))
+    if not parsed.database:
+        raise DatabaseIncompatible(IN_MEMORY)
+    return URL.create("sqlite", database=str(file_at(parsed.database)))
 
 
 def shown_url(url: URL) -> str:
     """Return a URL for people to read: without passwords, wherever they are in it."""
     secret = [name for name in url.query if "password" in name]
     shown = url.update_query_dict(dict.fromkeys(secret, "***"))
-    return shown.render_as_string(hide_password=True)
+    return spelt_url(shown, hide_password=True)
 
 
 def _dialect(url: URL) -> Dialect:
@@ -120,7 +125,7 @@ class Database:
         """What another process opens the same database with; it holds the password."""
         if isinstance(self.dialect, Sqlite):
             return str(self.dialect.path)
-        return self.url.render_as_string(hide_password=False)
+        return spelt_url(self.url)
 
     # -- opening ---------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -31,6 +32,7 @@ __all__ = [
     "alembic_config",
     "any_text",
     "refuse_old",
+    "spelt_url",
     "stored_revision",
     "take_time",
 ]
@@ -236,6 +238,31 @@ class Dialect(ABC):
     def is_passing(self, error: BaseException) -> bool:
         """Return whether a read that failed with ``error`` may be tried again."""
         return False
+
+
+def spelt_url(url: URL, *, hide_password: bool = False) -> str:
+    """Return a URL as text that stands for the very same, for `make_url` and for other programs.
+
+    `URL.render_as_string` leaves spaces as they are, or makes them `+`, which few read as a space.
+    """
+    text = f"{url.drivername}://"
+    if url.username is not None:
+        text += quote(url.username, safe="")
+        if url.password is not None:
+            text += f":{'***' if hide_password else quote(str(url.password), safe='')}"
+        text += "@"
+    if url.host is not None:
+        text += f"[{url.host}]" if ":" in url.host else url.host
+    if url.port is not None:
+        text += f":{url.port}"
+    if url.database is not None:
+        text += f"/{quote(url.database, safe='/')}"
+    given = [
+        f"{quote(name, safe='')}={quote(value, safe='/:,*')}"
+        for name, values in sorted(url.query.items())
+        for value in ((values,) if isinstance(values, str) else values)
+    ]
+    return f"{text}?{'&'.join(given)}" if given else text
 
 
 def take_time(connection: Connection) -> None:

@@ -38,16 +38,16 @@ from perdure.store.dialect import (
     Writer,
     alembic_config,
     refuse_old,
+    spelt_url,
     stored_revision,
     take_time,
 )
 from perdure.store.direct import ROUND_TRIPS
-from perdure.store.readonly import BUSY_SECONDS, UNREADABLE_URL, Reader
+from perdure.store.readonly import BUSY_SECONDS, Reader
 from perdure.store.schema import events, log_head
 
 try:
     import psycopg
-    from psycopg.conninfo import conninfo_to_dict
     from psycopg.types.datetime import TimestamptzLoader
     from psycopg.types.string import TextLoader
 except ImportError:
@@ -58,9 +58,11 @@ except ImportError:
 from perdure.store.listening import CHANNEL, Listener
 from perdure.store.reaching import (
     CONNECT,
+    conninfo_of,
     is_lost,
     is_passing,
     is_read_only,
+    patiently,
     shown_place,
     translated,
     translating,
@@ -88,11 +90,7 @@ class Postgresql(Dialect):
 
     def __init__(self, url: URL) -> None:
         self.url = url.set(drivername="postgresql+psycopg")
-        plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
-        try:
-            conninfo_to_dict(plain)
-        except psycopg.ProgrammingError:  # which shows the URL, with its password
-            raise DatabaseIncompatible(UNREADABLE_URL) from None
+        self._conninfo = conninfo_of(self.url)
         self.place = shown_place(url)
         self.skew = timedelta()
         self.token = secrets.token_hex(6)
@@ -143,7 +141,7 @@ class Postgresql(Dialect):
         """Give a connection in a write transaction, for migrations, and commit at the end."""
         engine = self._sync_engine()
         try:
-            with engine.begin() as connection:
+            with patiently(engine.connect) as connection, connection.begin():
                 # Of several that start at once, one migrates; DDL is in the transaction.
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
                 yield connection
@@ -184,7 +182,7 @@ class Postgresql(Dialect):
         )
         event.listen(engine, "connect", _prepare_connection)
         try:
-            with self.translate(), engine.begin() as connection:
+            with self.translate(), patiently(engine.connect) as connection, connection.begin():
                 yield connection
         finally:
             engine.dispose()
@@ -202,8 +200,7 @@ class Postgresql(Dialect):
         return Listener(self._connect_plainly, on_news, active, self.token)
 
     async def _connect_plainly(self) -> psycopg.AsyncConnection[Any]:
-        url = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
-        return await psycopg.AsyncConnection.connect(url, autocommit=True, **CONNECT)
+        return await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True, **CONNECT)
 
     def size(self) -> int:
         """Return how many bytes its tables and indexes take on disk."""
@@ -215,7 +212,7 @@ class Postgresql(Dialect):
 
     def read_only(self) -> Reader:
         """Open a plain connection that can't change anything, for people's own SQL."""
-        return Reader.open(self.url.render_as_string(hide_password=False))
+        return Reader.open(spelt_url(self.url))
 
     def translate(self) -> AbstractContextManager[None]:
         """Turn what the driver raises into a `StoreError` of one line."""
@@ -247,7 +244,7 @@ class PostgresqlWriter(Writer):
         self._dialect = dialect
         self._engine = engine
         self._trouble_since: float | None = None
-        self.connection = engine.connect()
+        self.connection = patiently(engine.connect)
 
     def translated(self) -> AbstractContextManager[None]:
         """Turn what the driver raises into a `StoreError` of one line."""
@@ -390,11 +387,33 @@ class PostgresqlWriter(Writer):
 
         Args:
             full: Write the tables anew; nobody can use them meanwhile.
+
+        Raises:
+            DatabaseUnavailable: The role may not do it to all tables; to the others it was done.
         """
         raw: Any = self.connection.connection.dbapi_connection
-        with self.translated():
-            for table in schema.metadata.tables:
-                raw.execute(f"VACUUM ({'FULL, ANALYZE' if full else 'ANALYZE'}) {table}")
+        warnings: list[str] = []
+
+        def hear(said: psycopg.errors.Diagnostic) -> None:
+            if said.severity_nonlocalized == "WARNING":
+                warnings.append(said.message_primary or "")
+
+        refused: list[str] = []
+        raw.add_notice_handler(hear)
+        try:
+            with self.translated():
+                for table in schema.metadata.tables:
+                    raw.execute(f"VACUUM ({'FULL, ANALYZE' if full else 'ANALYZE'}) {table}")
+                    # A table that it may not touch the server skips, and only warns of that.
+                    refused += [said for said in warnings if table in said]
+                    warnings.clear()
+        finally:
+            raw.remove_notice_handler(hear)
+        if refused:
+            raise DatabaseUnavailable(
+                f"{self._dialect.place} was not vacuumed ({refused[0]}): what was redacted may "
+                "still be in its files; do it as the role that owns the tables"
+            )
 
     def close(self) -> None:
         """Close the connection."""

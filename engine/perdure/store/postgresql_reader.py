@@ -18,7 +18,7 @@ from psycopg.types.string import TextLoader
 
 from perdure.errors import PerdureError, StoreError
 from perdure.store.database import Database, parse_url
-from perdure.store.reaching import CONNECT, shown_place, translated
+from perdure.store.reaching import CONNECT, conninfo_of, patiently, shown_place, translated
 from perdure.store.readonly import REVISION, Parameters, Reader, iso
 
 __all__ = ["PostgresqlReader"]
@@ -73,9 +73,9 @@ class PostgresqlReader(Reader):
         parsed = parse_url(url)
         self.place = shown_place(parsed)
         self.path = Path(self.place)
-        plain = parsed.set(drivername="postgresql").render_as_string(hide_password=False)
+        conninfo = conninfo_of(parsed)
         with self._errors():
-            self.server = psycopg.connect(plain, **CONNECT)
+            self.server = patiently(lambda: psycopg.connect(conninfo, **CONNECT))
         adapters = self.server.adapters
         for name in ("json", "jsonb", "date"):
             adapters.register_loader(name, TextLoader)

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
-from typing import Any, Final
+import time
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Final, TypeVar
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from perdure.errors import DatabaseCorrupt, DatabaseUnavailable, StoreError
-from perdure.store.readonly import BUSY_SECONDS
+from perdure.errors import (
+    DatabaseCorrupt,
+    DatabaseIncompatible,
+    DatabaseUnavailable,
+    StoreError,
+)
+from perdure.store.dialect import spelt_url
+from perdure.store.readonly import BUSY_SECONDS, UNREADABLE_URL
 
 __all__ = [
     "CONNECT",
+    "conninfo_of",
     "is_lost",
     "is_passing",
     "is_read_only",
+    "patiently",
     "shown_place",
     "translated",
     "translating",
 ]
 
+T = TypeVar("T")
+
+# So long one that takes no connections just now is asked again, before anything has begun.
+OPENING_SECONDS: Final = 5.0
 CONNECT: Final[Mapping[str, Any]] = {
     "connect_timeout": 10,
     "keepalives_idle": 10,
@@ -38,6 +53,54 @@ CONNECT: Final[Mapping[str, Any]] = {
 # standby.
 _READ_ONLY: Final = "25006"
 _PASSING: Final = ("08", "40", "53300", "57P", "25P03", "25P04", _READ_ONLY)
+
+
+# Too many connections, by the server's and PgBouncer's words; a server that starts or ends. Of a
+# connection that was refused libpq tells the words and no SQLSTATE; in other languages they are
+# unknown here, and said at once.
+_NOT_NOW: Final = (
+    "too many clients",
+    "too many connections",
+    "remaining connection slots",
+    "no more connections allowed",
+    "the database system is",
+)
+
+
+def conninfo_of(url: URL) -> str:
+    """Return what the driver connects with, as SQLAlchemy does; it holds the password.
+
+    Raises:
+        DatabaseIncompatible: The URL can't be read.
+    """
+    dialect: Any = PGDialect_psycopg
+    try:
+        # libpq finds mistakes that are no longer seen in the parts, such as a lone bracket.
+        conninfo_to_dict(spelt_url(url.set(drivername="postgresql")))
+        _none, options = dialect().create_connect_args(url)
+        return make_conninfo(**options)
+    except (psycopg.ProgrammingError, ArgumentError, ValueError):  # which show the password
+        raise DatabaseIncompatible(UNREADABLE_URL) from None
+
+
+def patiently(connect: Callable[[], T]) -> T:
+    """Return the connection that ``connect`` opens; for a moment again where none is taken now.
+
+    Raises:
+        SQLAlchemyError: It can't be opened; or psycopg's own error, as ``connect`` raises it.
+    """
+    deadline = time.monotonic() + OPENING_SECONDS
+    pause = 0.05
+    while True:
+        try:
+            return connect()
+        except (SQLAlchemyError, psycopg.Error) as error:
+            said = str(_origin_of(error))
+            passes = is_lost(error) and any(words in said for words in _NOT_NOW)
+            if not passes or time.monotonic() + pause > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
 
 
 def shown_place(url: URL) -> str:

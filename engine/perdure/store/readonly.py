@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, cast
 
 from perdure.config import load_config
 from perdure.errors import (
@@ -30,12 +30,14 @@ from perdure.errors import (
 __all__ = [
     "APPLICATION_ID",
     "BUSY_SECONDS",
+    "IN_MEMORY",
     "REVISION",
     "UNREADABLE_URL",
     "VIEWS",
     "Reader",
     "default_database",
     "describe_error",
+    "file_at",
     "immutable",
     "iso",
     "mentions",
@@ -44,6 +46,7 @@ __all__ = [
     "path_of",
     "reading_errors",
     "refuse_missing",
+    "text_of",
 ]
 
 # The migration this code is written for. A constant, since asking alembic costs most of a second.
@@ -61,6 +64,9 @@ UNREADABLE_URL: Final = (
     "postgresql://USER@HOST/NAME"
 )
 """What is said of a URL with a mistake in it, which isn't shown, as a password may be in it."""
+IN_MEMORY: Final = (
+    "a database in memory is gone with the process: give a file, as in sqlite:///perdure.db"
+)
 # The beginning of a server's URL that isn't quite one.
 _MISSPELT: Final = re.compile(r"postgres(ql)?(\+\w+)?(:|//)", re.IGNORECASE)
 
@@ -233,21 +239,56 @@ def path_of(url: str | os.PathLike[str]) -> Path:
     """Return the file that a path or a `sqlite:///` URL stands for.
 
     Raises:
-        DatabaseIncompatible: It is a URL that perdure can't use.
+        DatabaseIncompatible: It is a URL that perdure can't use, or no name of a file.
     """
-    text = os.fspath(url)
+    text = text_of(url)
     if "://" not in text:
         if _MISSPELT.match(text):  # and not shown: there may be a password in it
             raise DatabaseIncompatible(UNREADABLE_URL)
-        return Path(text).expanduser()
+        return file_at(text)
     from perdure.store.database import parse_url  # URLs have rules; few people write one
 
     return Path(str(parse_url(text).database))
 
 
+def text_of(url: str | os.PathLike[str]) -> str:
+    """Return what names a database, as text.
+
+    Raises:
+        DatabaseIncompatible: It is neither text nor a path, or has a NUL in it.
+    """
+    text = cast("object", url)  # it may be anything, where nobody checks types
+    with contextlib.suppress(TypeError):
+        text = cast("object", os.fspath(url))
+    if not isinstance(text, str):
+        raise DatabaseIncompatible(
+            f"a database is named by text or a path, not by {type(url).__name__}: give a file's "
+            "path, sqlite:///FILE or postgresql://USER@HOST/NAME"
+        )
+    if "\0" in text or ("://" in text and "%00" in text):
+        raise DatabaseIncompatible("the database's name has a NUL in it: no file or server has one")
+    return text
+
+
+def file_at(path: str) -> Path:
+    """Return the file that a path stands for.
+
+    Raises:
+        DatabaseIncompatible: It begins with a `~` that means nobody, or is what SQLite takes for a
+            database in memory.
+    """
+    try:
+        file = Path(path).expanduser()
+    except RuntimeError:
+        raise DatabaseIncompatible(f"{path}: there is no such user's home: give a path") from None
+    if str(file) == ":memory:":
+        raise DatabaseIncompatible(IN_MEMORY)
+    return file
+
+
 def on_server(url: str | os.PathLike[str]) -> bool:
     """Return whether a URL names a database on a server, not a file."""
-    return os.fspath(url).partition("://")[0].partition("+")[0] in ("postgresql", "postgres")
+    return text_of(url).partition("://")[0].partition("+")[0] in ("postgresql", "postgres")
 
 
 def refuse_missing(path: Path) -> None:
