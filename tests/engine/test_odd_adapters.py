@@ -122,7 +122,7 @@ async def outcome(db: Path, adapter: Any, **constraints: Any) -> Result:
         (Completed.model_construct(finish_reason=5), "stored: finish_reason: Input should be"),
         (Chunk.model_construct(text="b", kind="odd"), "'chunk' with .*stored: kind: Input should"),
         (Chunk.model_construct(text="b", kind=["text"]), "'chunk' with .*stored: kind: Input"),
-        (Chunk.model_construct(text=b"b"), "'chunk' with something that can't be stored"),
+        (Chunk.model_construct(text=b"b"), "'chunk' with .*stored: Type is not JSON .*: bytes"),
         (Chunk.model_construct(text="b", cursor=5), "'chunk' with .*stored: cursor: Input"),
         (Running(attempt=9, worker="w", platform="scripted"), "'running', which is not its to"),
         (None, "a NoneType, which is no event"),
