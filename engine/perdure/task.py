@@ -222,7 +222,8 @@ class ToolCall(_Frozen):
     """The platform's name of the call, to answer it by."""
     name: str
     arguments: Any = None
-    """What the model gave as arguments: an object, or the text as it came where that is no JSON."""
+    """What the model gave as arguments: an object, or the text as it came where that is no JSON.
+    Where all of it is no call, the whole as it came, and the name is empty."""
 
 
 class Attachment(_Frozen):
