@@ -284,20 +284,15 @@ def _fold_in(folds: Mapping[int, TaskFold], rows: Iterable[tuple[Any, ...]]) -> 
             moment, moment_as_stored = moment_of(recorded_at), recorded_at
         if type_ == Archived.type and expected == 1:
             expected = version  # what was before is in an archive; the event says how much it was
-        piece = decode_text(schema_version, data) if type_ == "chunk" else None
-        in_order = version == expected and moment is not NO_MOMENT
-        if in_order and piece is not None and fold.apply_text(*piece):
-            expected += 1
-            continue
-        problem = None
+        problem: str | None = None
         if moment is NO_MOMENT:
             problem = "its time is none"
         elif version != expected:
             problem = f"version {expected} should come first"
         else:
-            problem = _apply(fold, type_, schema_version, data, moment)
-            if problem is None and fold.version != version:  # of what stands in for an archive
-                problem = f"it should be version {fold.version}"
+            piece = decode_text(schema_version, data) if type_ == "chunk" else None
+            if piece is None or not fold.apply_text(*piece):
+                problem = _apply(fold, version, type_, schema_version, data, moment)
         expected += 1
         if problem is not None:
             problems[stream_id] = f"{fold.task_id} version {version} can't be folded ({problem})"
@@ -306,7 +301,7 @@ def _fold_in(folds: Mapping[int, TaskFold], rows: Iterable[tuple[Any, ...]]) -> 
 
 
 def _apply(
-    fold: TaskFold, type_: str, schema_version: int, data: str | bytes, at: datetime
+    fold: TaskFold, version: int, type_: str, schema_version: int, data: str | bytes, at: datetime
 ) -> str | None:
     """Fold the next event in; returns what keeps it from that."""
     known = _decode_again if type_ == Running.type else decode
@@ -314,6 +309,8 @@ def _apply(
         fold.apply_one(known(type_, schema_version, data), at)
     except (DatabaseCorrupt, InvalidTransition, *UNREADABLE) as error:
         return str(error).removesuffix(f": {LOOK_CLOSER}")
+    if fold.version != version:  # of what stands in for an archive
+        return f"it should be version {fold.version}"
     return None
 
 
