@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from programs import Program, until, write_rows
 
+from perdure.store.database import Database
 from servers.postgresql import Server
 
 # Those who are asked twice wait for some seconds, others for a minute.
@@ -63,3 +64,50 @@ def test_who_asks_twice_is_heard(
     said = [line for line in ended[2].splitlines() if line.startswith("perdure: ")]
     assert len(said) == (code == 1)
     assert all("takes no writes" in line for line in said)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_asks_three_times_waits_for_nothing(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """Where the server hangs in the middle of an answer, that is what is left."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "x", "options": {"stall_after": 1}}])
+    with Server() as server:
+        server.execute("CREATE DATABASE own")
+        Database(server.url("own")).upgrade()
+        command = ("run", rows, "-p", "demo", "--db", server.url("own"))
+        with (
+            Program(*command, database=tmp_path / "none.db") as program,
+            server.connect("own") as other,
+        ):
+            chunks = b"SELECT FROM events WHERE type = 'chunk'"
+            until(lambda: other.execute(chunks).rowcount, "a task that runs")
+            other.execute("BEGIN")
+            other.execute("SELECT FROM log_head FOR UPDATE")  # so that all who write wait
+            for _ in range(3):
+                program.send(number)
+                time.sleep(0.2)
+            began = time.monotonic()
+            assert program.ended()[0] == code
+            assert time.monotonic() - began < SOON
+
+
+def test_what_goes_wrong_while_ending_is_one_line(tmp_path: Path) -> None:
+    """A server that is gone when it is asked to end is told of once, and without a traceback."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "x", "options": {"stall_after": 1}}])
+    with Server() as server:
+        server.execute("CREATE DATABASE own")
+        Database(server.url("own")).upgrade()
+        command = ("run", rows, "-p", "demo", "--db", server.url("own"))
+        with Program(*command, database=tmp_path / "none.db") as program:
+            with server.connect("own") as other:
+                chunks = b"SELECT FROM events WHERE type = 'chunk'"
+                until(lambda: other.execute(chunks).rowcount, "a task that runs")
+            server.stop()
+            for _ in range(2):
+                program.send(signal.SIGINT)
+                time.sleep(0.3)
+            code, _, err = program.ended()
+    assert code == 1
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if "PostgreSQL database" in line]) == 1

@@ -14,6 +14,7 @@ __all__ = ["Interrupts", "any_of"]
 
 # A closed terminal asks to end as much as a service manager does.
 _REQUESTS: Final = (signal.SIGTERM, signal.SIGHUP)
+_MOST_TERMINATIONS: Final = 2
 _SHOW_CURSOR: Final = "\x1b[?25h"
 
 
@@ -24,7 +25,8 @@ class Interrupts:
         first: Ctrl-C was pressed: begin nothing new.
         second: Ctrl-C was pressed again: stop what runs. A third time ends the process at once,
             which loses nothing either: it is what a crash does.
-        terminated: SIGTERM or SIGHUP came: hand back what runs, and end.
+        terminated: SIGTERM or SIGHUP came: hand back what runs, and end. The third ends the process
+            at once, too.
         on_second: Called when a second request has come, of whatever kind.
     """
 
@@ -33,6 +35,7 @@ class Interrupts:
         self.second = asyncio.Event()
         self.terminated = asyncio.Event()
         self.on_second: Callable[[], None] = lambda: None
+        self._terminations = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -59,6 +62,9 @@ class Interrupts:
         self._before.clear()
 
     def _asked_to_end(self) -> None:
+        self._terminations += 1
+        if self._terminations > _MOST_TERMINATIONS:  # as where a server that hangs keeps us
+            os._exit(128 + signal.SIGTERM)
         if self.interrupted:
             self.on_second()
         self.terminated.set()

@@ -62,6 +62,8 @@ async def supervise(
         if not running.done():
             await engine.stop_running()
             await asyncio.wait({running})
+        if not running.cancelled():
+            running.exception()  # asyncio would tell of it what is told already
     return complete
 
 

@@ -188,8 +188,13 @@ class Database:
         """
         task = asyncio.ensure_future(self._read(query))
         self._reads.add(task)
-        task.add_done_callback(self._reads.discard)
+        task.add_done_callback(self._forget_read)
         return await asyncio.shield(task)
+
+    def _forget_read(self, task: asyncio.Task[Any]) -> None:
+        self._reads.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked may be gone, and asyncio would print it
 
     async def _read(self, query: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         if self._readers is None:
