@@ -131,7 +131,11 @@ class Engine:
             InvalidConfig: `perdure.toml` can't be read, or an argument isn't what it should be.
             DatabaseIncompatible: ``url`` names no database that perdure can use.
         """
-        for name, given, kind in (("scope", scope, Scope), ("settings", settings, WorkerSettings)):
+        arguments: tuple[tuple[str, object, type], ...] = (
+            ("scope", scope, Scope),
+            ("settings", settings, WorkerSettings),
+        )
+        for name, given, kind in arguments:
             if given is not None and not isinstance(given, kind):
                 raise InvalidConfig(f"{name}: give a {kind.__name__}, not {given!r:.80}")
         settings_of: Mapping[str, Mapping[str, Any]] = {}

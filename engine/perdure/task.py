@@ -272,7 +272,8 @@ class Task(_Input):
     key: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_storable)] | None = (
         None
     )
-    """Yours, unique in the database: a second task with the same key is refused."""
+    """Yours, unique in the database: a second task with the same key is not written down, and
+    submitting it gives the id of the first, whatever it asks."""
     fingerprint: Annotated[str, Field(max_length=64)] | None = None
     """Digest of a batch row's content, to notice that a row was changed."""
     retry_of: NonBlankName | None = None
