@@ -131,13 +131,8 @@ class Engine:
             InvalidConfig: `perdure.toml` can't be read, or an argument isn't what it should be.
             DatabaseIncompatible: ``url`` names no database that perdure can use.
         """
-        arguments: tuple[tuple[str, object, type], ...] = (
-            ("scope", scope, Scope),
-            ("settings", settings, WorkerSettings),
-        )
-        for name, given, kind in arguments:
-            if given is not None and not isinstance(given, kind):
-                raise InvalidConfig(f"{name}: give a {kind.__name__}, not {given!r:.80}")
+        _check_is("scope", scope, Scope)
+        _check_is("settings", settings, WorkerSettings)
         settings_of: Mapping[str, Mapping[str, Any]] = {}
         if adapters is None:
             config = load_config()
@@ -578,6 +573,11 @@ class Engine:
     async def stop_running(self, why: Stop = Stop.HAND_BACK) -> None:
         """Stop what runs here: handed back, or cancelled with its partial output kept."""
         await self.worker.cancel_running(why)
+
+
+def _check_is(name: str, given: object, kind: type) -> None:
+    if given is not None and not isinstance(given, kind):
+        raise InvalidConfig(f"{name}: give a {kind.__name__}, not {given!r:.80}")
 
 
 def _left_running(state: TaskState) -> list[tuple[str, str]]:
