@@ -377,7 +377,7 @@ with Database(sys.argv[1]).read_only() as reader:
     @pytest.mark.parametrize(
         "url",
         [
-            *(5, b"sesame.db", ["sesame.db"], object(), "sesame\0.db", Path("a\0sesame.db")),
+            *(5, b"sesame.db", ["sesame.db"], {}, "sesame\0.db", Path("a\0sesame.db")),
             *("sqlite:///sesame%00.db", "postgresql://me:sesame@h/x%00", "~sesame_not/x.db"),
         ],
         ids=repr,
