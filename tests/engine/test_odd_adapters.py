@@ -16,6 +16,7 @@ from harness import FAST, assert_sound, eventually, stored_events
 
 from perdure import Engine, InvalidConfig, Result, Task, TaskStatus
 from perdure.adapter import Call
+from perdure.cli.terminal import send_log_to_stderr
 from perdure.containment import CHUNK_KINDS
 from perdure.errors import (
     ConcurrencyError,
@@ -226,6 +227,21 @@ async def test_prices_that_can_not_be_had_are_unknown(db: Path) -> None:
     for adapter in (Adapter("a", end), ScriptedAdapter("a", end, prices=5)):  # type: ignore[arg-type]
         result = await outcome(db, adapter)
         assert (result.success, result.tokens_used, result.cost) == (True, 5, None)
+
+
+def test_an_error_that_cannot_be_shown_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the command's stderr as well; telling of it fails nobody."""
+    logger = logging.getLogger("perdure")
+    before = list(logger.handlers), logger.propagate
+    logger.handlers.clear()
+    try:
+        send_log_to_stderr()
+        logger.error("the adapter %r failed", "odd", exc_info=Unspeakable())
+    finally:
+        logger.handlers[:], logger.propagate = before
+    assert (
+        "the adapter 'odd' failed: Unspeakable, whose text can't be had" in capsys.readouterr().err
+    )
 
 
 # -- stopping and closing --------------------------------------------------------------------------

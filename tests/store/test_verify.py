@@ -768,10 +768,15 @@ class TestCompare:
                     vandal.run(statement)
                 except Refused:
                     continue
-                for look in (compare, rebuild):
-                    with pytest.raises(StoreError) as broken:
-                        look(vandal.connection)
-                    assert len(str(broken.value).splitlines()) == 1
+                try:
+                    problems = compare(vandal.connection).problems
+                except StoreError as error:  # what only a newer perdure knows
+                    problems = [str(error)]
+                with pytest.raises(StoreError) as broken:
+                    rebuild(vandal.connection)
+                for problem in (*problems, str(broken.value)):
+                    assert len(problem.splitlines()) == 1
+                assert problems
                 assert vandal.run("SELECT * FROM tasks") == before
 
 

@@ -117,11 +117,15 @@ def error_console() -> Console:
 
 class _Complaints(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if record.exc_info and record.exc_info[1] is not None:
-            error = record.exc_info[1]
-            message += f": {type(error).__name__}: {error}"
-        complain(message)
+        from perdure.containment import described
+
+        try:
+            message = record.getMessage()
+            if record.exc_info and record.exc_info[1] is not None:
+                message += f": {described(record.exc_info[1])}"
+            complain(message)
+        except Exception:  # noqa: BLE001 - who logs is in the middle of something else
+            self.handleError(record)
 
 
 def send_log_to_stderr() -> None:
