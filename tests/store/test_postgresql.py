@@ -35,7 +35,7 @@ from perdure.store import postgresql as postgresql_module
 from perdure.store import reaching as reaching_module
 from perdure.store import roundtrips as roundtrips_module
 from perdure.store import schema
-from perdure.store.database import Database
+from perdure.store.database import Database, parse_url
 from perdure.store.dialect import spelt_url
 from perdure.store.postgresql_reader import PostgresqlReader
 from perdure.store.reaching import conninfo_of, patiently
@@ -261,8 +261,8 @@ def test_urls_are_read_back(user: str, password: str, database: str, schema: str
     """A URL that is spelt out stands for the same, to us and to libpq."""
     query = {"host": "/run/a b", "options": f"-c search_path={schema}"}
     url = sa.URL.create("postgresql", user, password, database=database, query=query)
-    assert sa.make_url(spelt_url(url)) == url
     as_driver = url.set(drivername="postgresql+psycopg")
+    assert parse_url(spelt_url(url)) == as_driver
     assert conninfo_to_dict(spelt_url(url)) == conninfo_to_dict(conninfo_of(as_driver))
     assert "***" in spelt_url(url, hide_password=True)
 

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import unquote
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -45,6 +46,9 @@ T = TypeVar("T")
 # Seconds to wait before each further try of a read that failed for reasons that pass.
 READING_PATIENCE: Final = (0.0, 0.05, 0.1, 0.2, 0.5, *(1.0,) * 59)
 
+# SQLAlchemy before 2.1 takes the name of a database as it is spelt.
+_LEFT_SPELT: Final = make_url("postgresql:///%25").database == "%25"
+
 
 def parse_url(url: str | os.PathLike[str]) -> URL:
     """Return the database that ``url``, a URL or a SQLite file's path, stands for.
@@ -60,6 +64,8 @@ def parse_url(url: str | os.PathLike[str]) -> URL:
     except (ArgumentError, ValueError):  # the latter for a port that is no number
         raise DatabaseIncompatible(UNREADABLE_URL) from None
     if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
+        if _LEFT_SPELT and parsed.database is not None:
+            parsed = parsed.set(database=unquote(parsed.database))
         return parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() != "sqlite":
         raise DatabaseIncompatible(

@@ -241,7 +241,7 @@ class Dialect(ABC):
 
 
 def spelt_url(url: URL, *, hide_password: bool = False) -> str:
-    """Return a URL as text that stands for the very same, for `make_url` and for other programs.
+    """Return a URL as text that stands for the very same, for `parse_url` and for other programs.
 
     `URL.render_as_string` leaves spaces as they are, or makes them `+`, which few read as a space.
     """
