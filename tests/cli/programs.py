@@ -17,6 +17,7 @@ __all__ = ["Program", "query", "until", "write_rows"]
 
 # What is waited for takes a second; a busy machine may take its time.
 PATIENCE: Final = 120.0
+_PENDING: Final = ("SigPnd", "ShdPnd")
 
 
 class Program:
@@ -49,6 +50,23 @@ class Program:
     def send(self, number: signal.Signals) -> None:
         """Send a signal."""
         self.process.send_signal(number)
+
+    def send_each(self, *numbers: signal.Signals) -> None:
+        """Send signals one by one: two of a kind that wait at once are one to the system."""
+        for number in numbers:
+            self.send(number)
+            until(lambda number=number: not self._waits(number), f"{number.name} to be taken")  # type: ignore[misc]
+
+    def _waits(self, number: signal.Signals) -> bool:
+        """Return whether a signal was sent and not taken yet."""
+        try:
+            status = Path(f"/proc/{self.process.pid}/status").read_text("ascii")
+        except OSError:
+            if not Path("/proc/self/status").exists():  # not Linux
+                time.sleep(0.5)
+            return False
+        pending = (line.split()[1] for line in status.splitlines() if line[:6] in _PENDING)
+        return any(int(mask, 16) >> (number - 1) & 1 for mask in pending)
 
     def ended(self) -> tuple[int, str, str]:
         """Wait for the end; returns the exit code, stdout and stderr."""

@@ -55,9 +55,7 @@ def test_who_asks_twice_is_heard(
     with Program(*arguments, "--db", url, database=tmp_path / "none.db") as program:
         until(lambda: postgresql_server.log().count(REFUSED) > before + 3, "a few tries")
         began = time.monotonic()
-        for number in requests:
-            program.send(number)
-            time.sleep(0.2)  # two of a kind at once are one
+        program.send_each(*requests)
         ended = program.ended()
         assert time.monotonic() - began < SOON
     assert ended[0] == code
@@ -84,9 +82,7 @@ def test_who_asks_three_times_waits_for_nothing(
             until(lambda: other.execute(chunks).rowcount, "a task that runs")
             other.execute("BEGIN")
             other.execute("SELECT FROM log_head FOR UPDATE")  # so that all who write wait
-            for _ in range(3):
-                program.send(number)
-                time.sleep(0.2)
+            program.send_each(number, number, number)
             began = time.monotonic()
             assert program.ended()[0] == code
             assert time.monotonic() - began < SOON
@@ -104,9 +100,7 @@ def test_what_goes_wrong_while_ending_is_one_line(tmp_path: Path) -> None:
                 chunks = b"SELECT FROM events WHERE type = 'chunk'"
                 until(lambda: other.execute(chunks).rowcount, "a task that runs")
             server.stop()
-            for _ in range(2):
-                program.send(signal.SIGINT)
-                time.sleep(0.3)
+            program.send_each(signal.SIGINT, signal.SIGINT)
             code, _, err = program.ended()
     assert code == 1
     assert "Traceback" not in err
