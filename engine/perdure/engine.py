@@ -241,16 +241,17 @@ class Engine:
                 "the engine was entered in another event loop: open one here, or hand the call "
                 "over by asyncio.run_coroutine_threadsafe"
             )
-        if self._worker_lost:  # its database may be back; if not, who waits is told that again
-            self.start_running()
 
-    @property
-    def _worker_lost(self) -> bool:
-        """Whether the worker has ended because the database was out of reach."""
+    def _revive_worker(self) -> None:
+        """Run tasks again where that has ended because the database was out of reach.
+
+        It may be back. If not, who waits is told that again.
+        """
         working = self._working
         if working is None or not working.done() or working.cancelled():
-            return False
-        return isinstance(working.exception(), DatabaseUnavailable)
+            return
+        if isinstance(working.exception(), DatabaseUnavailable):
+            self.start_running()
 
     # -- the five lifecycle methods --------------------------------------------------------------
 
@@ -274,6 +275,7 @@ class Engine:
         A task that can't be accepted doesn't stop the others: its outcome is the error.
         """
         self._require_open()
+        self._revive_worker()
         outcomes: list[Submission | PerdureError | None] = []
         ready: list[Prepared] = []
         for given in tasks:
@@ -334,6 +336,7 @@ class Engine:
             TimeoutError: It hasn't ended in that time.
         """
         self._require_open()
+        self._revive_worker()
         at_hand: Ended | None = None
         ending = self.log.feed.ending(task_id)
         try:
@@ -389,6 +392,7 @@ class Engine:
             TaskArchived: They are in an archive.
         """
         self._require_open()
+        self._revive_worker()
         ended = False
         if not self.log.feed.knows_open(task_id):
             status = await self._records.status(task_id)

@@ -33,11 +33,13 @@ from perdure.errors import (
 )
 from perdure.platforms import Platforms
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption
-from perdure.store import claims
-from perdure.store.claims import Census, Claimed, Scope
+from perdure.store import claims, liveness
+from perdure.store.claims import Claimed, Scope
 from perdure.store.database import Database
+from perdure.store.liveness import Census
 from perdure.store.log import EventLog
 from perdure.store.scoping import NamedTasks, Unreadable
+from perdure.store.transaction import Transaction
 
 __all__ = ["Worker", "WorkerSettings"]
 
@@ -204,7 +206,7 @@ class Worker:
         self._broken_off = True  # unless it comes to its end
         if not self._registered:
             self._registered = True
-            await self._log.write(lambda tx: claims.register_worker(tx, self.worker_id))
+            await self._log.write(lambda tx: liveness.register_worker(tx, self.worker_id))
         self._log.on_work(self._hear_of_work)
         await self.recover_lost()
         beating = asyncio.create_task(self._beat())
@@ -231,7 +233,7 @@ class Worker:
         """Take another name: what was running under the old one is lost, to be recovered."""
         if self._running:
             await asyncio.wait(set(self._running.values()))
-        await self._log.write(lambda tx: claims.forget_worker(tx, self.worker_id))
+        await self._log.write(lambda tx: liveness.forget_worker(tx, self.worker_id))
         self.worker_id = _new_worker_id()
         self._registered = False
         self._failure = None
@@ -255,7 +257,7 @@ class Worker:
         if self._registered:
             self._registered = False
             with contextlib.suppress(StoreError, EngineClosed):
-                await self._log.write(lambda tx: claims.forget_worker(tx, self.worker_id))
+                await self._log.write(lambda tx: liveness.forget_worker(tx, self.worker_id))
 
     # -- claiming --------------------------------------------------------------------------------
 
@@ -456,9 +458,12 @@ class Worker:
     async def _show_itself(self) -> None:
         # What is there to be claimed as well: a notification can get lost.
         scope = self.scope if self._idle else None
-        census, due = await self._log.write(
-            lambda tx: claims.beat_and_look(tx, self.worker_id, self._lease, scope)
-        )
+
+        def show(tx: Transaction) -> tuple[Census, datetime | None]:
+            census = liveness.beat_and_look(tx, self.worker_id, self._lease)
+            return census, None if scope is None else claims.next_due_in(tx, scope)
+
+        census, due = await self._log.write(show)
         if await self._take_over(census):
             self.wake()
         if due is not None and due <= self._database.now + self._lease:
@@ -486,7 +491,7 @@ class Worker:
 
     async def recover_lost(self) -> int:
         """Take over what lost workers had; returns how many tasks that were."""
-        census = await claims.look_around(self._database, self._lease, self._database.now)
+        census = await liveness.look_around(self._database, self._lease, self._database.now)
         return await self._take_over(census)
 
     async def _take_over(self, census: Census) -> int:

@@ -20,8 +20,8 @@ from stories import (
     tell_all,
 )
 
-from perdure.store.claims import register_worker
 from perdure.store.database import Database
+from perdure.store.liveness import register_worker
 from perdure.store.readonly import REVISION
 from perdure.store.transaction import FoldCache, Transaction
 

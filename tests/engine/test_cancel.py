@@ -40,7 +40,8 @@ from perdure import (
 from perdure.calls import make_call
 from perdure.events import Cancelled, CancelRequested
 from perdure.policy import RetryPolicy
-from perdure.store.claims import Scope, claim, register_worker
+from perdure.store.claims import Scope, claim
+from perdure.store.liveness import register_worker
 from perdure.store.transaction import Transaction
 from perdure.testing import Hold, ScriptedAdapter
 from perdure_adapters import DemoAdapter

@@ -31,7 +31,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from perdure import Accepted, Completed, Engine, InvalidRequest, Submission, Task, TaskStatus
 from perdure.policy import RetryPolicy, after_interruption
-from perdure.store import claims
+from perdure.store import claims, liveness
 from perdure.store.claims import Scope
 from perdure.store.transaction import Transaction
 from perdure.testing import Hold, ScriptedAdapter
@@ -198,9 +198,9 @@ async def test_a_worker_that_shows_itself_keeps_its_tasks(db: Path) -> None:
     async with engine_on(db, adapter, settings={"heartbeat_seconds": 0.05}) as first:
         task_id = await first.submit_task(ASK)
         await hold.reached.wait()
-        settings = {"lease_seconds": 1.0, "heartbeat_seconds": 0.02}
+        settings = {"lease_seconds": 4.0, "heartbeat_seconds": 0.02}
         async with engine_on(db, others, settings=settings):
-            await asyncio.sleep(1.3)
+            await asyncio.sleep(4.5)
         hold.release()
         assert (await first.get_result(task_id, 30)).attempts == 1
     assert others.calls == []
@@ -215,7 +215,7 @@ async def test_a_worker_that_registers_while_others_look_is_not_lost(
         asked: list[str] = []
 
         def begin(tx: Transaction) -> None:
-            claims.register_worker(tx, "newcomer")
+            liveness.register_worker(tx, "newcomer")
             assert claims.claim(tx, "newcomer", 1, Scope(), {})
 
         real = AsyncConnection.execute
@@ -229,7 +229,7 @@ async def test_a_worker_that_registers_while_others_look_is_not_lost(
 
         monkeypatch.setattr(AsyncConnection, "execute", execute)
         lease = timedelta(seconds=30)
-        lost = (await claims.look_around(engine.database, lease, datetime.now(UTC))).lost
+        lost = (await liveness.look_around(engine.database, lease, datetime.now(UTC))).lost
         monkeypatch.undo()
     assert len(asked) > 1, "it didn't begin in the middle"
     assert query(db, "SELECT worker FROM tasks") == [("newcomer",)]
@@ -240,13 +240,13 @@ async def test_whoever_claims_is_known(db: Path) -> None:
     """A worker that was forgotten as lost is known again as soon as it owns something."""
     async with engine_on(db, run=False) as engine:
         await engine.submit_task(ASK)
-        await engine.log.write(lambda tx: claims.register_worker(tx, "w"))
+        await engine.log.write(lambda tx: liveness.register_worker(tx, "w"))
         await declare_lost(engine, "w")
         assert query(db, "SELECT count(*) FROM workers") == [(0,)]
         await engine.log.write(lambda tx: claims.claim(tx, "w", 1, Scope(), {}))
         assert query(db, "SELECT worker_id FROM workers") == [("w",)]
         lease = timedelta(seconds=30)
-        assert (await claims.look_around(engine.database, lease, datetime.now(UTC))).lost == []
+        assert (await liveness.look_around(engine.database, lease, datetime.now(UTC))).lost == []
 
 
 # -- several engines, several processes ------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from harness import FAST, eventually
 
 from perdure import Completed, Engine, Task
-from perdure.store import claims
+from perdure.store import liveness
 from perdure.testing import Hold, ScriptedAdapter
 
 
@@ -19,21 +19,21 @@ def test_a_host_is_its_name_its_namespace_and_its_boot(
 ) -> None:
     """Each of them tells hosts apart; what a system doesn't have is left out."""
     boot, namespace = tmp_path / "boot_id", tmp_path / "pid"
-    monkeypatch.setattr(claims, "_BOOT_ID", boot)
-    monkeypatch.setattr(claims, "_PID_NAMESPACE", namespace)
+    monkeypatch.setattr(liveness, "_BOOT_ID", boot)
+    monkeypatch.setattr(liveness, "_PID_NAMESPACE", namespace)
     name = platform.node()
-    assert claims.host_name() == name
+    assert liveness.host_name() == name
     boot.write_text("97e4b5e8-7c45-4b2e-9f39-9a8f5bd1c7f1\n")
-    assert claims.host_name() == f"{name}@97e4b5e8"
+    assert liveness.host_name() == f"{name}@97e4b5e8"
     namespace.symlink_to("pid:[4026531836]")
-    assert claims.host_name() == f"{name}#4026531836@97e4b5e8"
+    assert liveness.host_name() == f"{name}#4026531836@97e4b5e8"
 
 
 async def test_another_machine_of_the_same_name(
     db: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its processes aren't looked for here, so its workers live as long as their leases."""
-    monkeypatch.setattr(claims, "_BOOT_ID", tmp_path / "boot_id")
+    monkeypatch.setattr(liveness, "_BOOT_ID", tmp_path / "boot_id")
     (tmp_path / "boot_id").write_text("11111111-there")
     adapter = ScriptedAdapter("one ", hold := Hold(), "two", Completed())
     async with Engine.open(db, adapters=[adapter], settings=FAST) as there:
@@ -45,7 +45,7 @@ async def test_another_machine_of_the_same_name(
         lease = timedelta(seconds=30)
 
         async def lost() -> list[str]:
-            census = await claims.look_around(there.database, lease, there.database.now)
+            census = await liveness.look_around(there.database, lease, there.database.now)
             return census.lost
 
         assert await lost() == [there.worker.worker_id]

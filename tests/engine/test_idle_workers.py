@@ -13,7 +13,7 @@ from harness import PATIENCE, assert_sound, count_events, demo, eventually, quer
 
 from perdure import Engine, WorkerSettings
 from perdure.events import Running, Submitted
-from perdure.store import claims
+from perdure.store import liveness
 from perdure.store.transaction import Transaction
 from perdure_adapters import DemoAdapter
 from servers.cutting import CuttingProxy
@@ -80,7 +80,7 @@ async def test_an_idle_worker_takes_over_when_a_lease_is_over(db: str) -> None:
         await asyncio.sleep(lease / 8)  # so that its next signs of life come too early and too late
 
         def begin(tx: Transaction) -> None:  # from now on it is silent, though its process lives
-            claims.register_worker(tx, "silent")
+            liveness.register_worker(tx, "silent")
             asked = Submitted(task={"prompt": "Go on.", "platform": "demo"}, platforms=("demo",))
             began = Running(attempt=1, worker="silent", platform="demo", model=None)
             tx.append("task", (asked, began), 0)

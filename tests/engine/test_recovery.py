@@ -40,7 +40,7 @@ from perdure import (
     collect_stream,
 )
 from perdure.policy import RetryPolicy
-from perdure.store import claims
+from perdure.store import claims, liveness
 from perdure.store.claims import Scope
 from perdure.store.transaction import Transaction
 from perdure.testing import Hold, ScriptedAdapter
@@ -349,8 +349,8 @@ async def test_a_living_process_elsewhere_is_waited_for(
     """On another host only the lease tells; within it nothing is taken."""
     hold = Hold()
     adapter = ScriptedAdapter(hold)
-    real = claims.host_name
-    monkeypatch.setattr(claims, "host_name", lambda: "elsewhere#1")
+    real = liveness.host_name
+    monkeypatch.setattr(liveness, "host_name", lambda: "elsewhere#1")
     async with engine_on(
         db, adapter, settings={"heartbeat_seconds": 3600, "lease_seconds": 7200}
     ) as engine:
@@ -360,7 +360,7 @@ async def test_a_living_process_elsewhere_is_waited_for(
         await engine.log.write(
             lambda tx: tx.connection.exec_driver_sql("UPDATE workers SET pid = 2147483646")
         )
-        monkeypatch.setattr(claims, "host_name", real)
+        monkeypatch.setattr(liveness, "host_name", real)
         async with engine_on(db, settings={"lease_seconds": 3600}):
             await asyncio.sleep(0.5)
             assert of_type(db, task_id, "interrupted") == []

@@ -61,7 +61,7 @@ from perdure.errors import InvalidTransition, TimeLimitExceeded
 from perdure.events import Cancelled, CancelRequested
 from perdure.lifecycle import TaskState
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption, cancelled
-from perdure.store import archivefile, claims
+from perdure.store import archivefile, claims, liveness
 from perdure.store.claims import Claimed, Scope
 from perdure.store.database import Database, Writer
 from perdure.store.rebuilding import compare, rebuild
@@ -219,7 +219,7 @@ class TwoEngines(RuleBasedStateMachine):
     def add_worker(self, node: int) -> str:
         """Let a worker begin on a node."""
         worker = f"worker {next(self.names)}"
-        self.write(node, lambda tx: claims.register_worker(tx, worker))
+        self.write(node, lambda tx: liveness.register_worker(tx, worker))
         self.workers[worker] = (node, self.now)
         return worker
 
@@ -568,7 +568,7 @@ class TwoEngines(RuleBasedStateMachine):
         if silence:
             self.now += LEASE
         database = self.nodes[node].database
-        found = self.run(claims.look_around(database, LEASE, self.now)).lost
+        found = self.run(liveness.look_around(database, LEASE, self.now)).lost
         lost = [name for name, (_, seen) in self.workers.items() if seen + LEASE <= self.now]
         assert sorted(found) == sorted(lost)
         for worker in found:
@@ -595,7 +595,7 @@ class TwoEngines(RuleBasedStateMachine):
         if what == "beat" and self.workers:
             worker = data.draw(st.sampled_from(list(self.workers)))
             place, _ = self.workers[worker]
-            self.write(place, lambda tx: claims.beat(tx, worker))
+            self.write(place, lambda tx: liveness.beat(tx, worker))
             self.workers[worker] = (place, self.now)
         elif what == "another worker" and len(self.workers) < 4:
             self.add_worker(node)

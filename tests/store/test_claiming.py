@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from perdure.events import Interrupted, Running
-from perdure.store import claims
+from perdure.store import claims, liveness
 from perdure.store.claims import Claimed, Scope
 from perdure.store.scoping import Unreadable
 from perdure.store.transaction import Transaction
@@ -44,7 +44,7 @@ def taking(limit: int, scope: Scope = ALL) -> Any:
 
 
 async def _registered(store: Store) -> None:
-    await store.log.write(lambda tx: claims.register_worker(tx, "worker"))
+    await store.log.write(lambda tx: liveness.register_worker(tx, "worker"))
 
 
 async def test_submitted_and_claimed_by_one_commit(

@@ -172,7 +172,7 @@ def _value(reader: Reader, query: str) -> Any:  # noqa: ANN401 - whatever it is
 def _work(reader: Reader, database: Database) -> Iterator[Finding]:
     import asyncio
 
-    from perdure.store.claims import look_around
+    from perdure.store.liveness import look_around
 
     async def look() -> list[str]:
         try:

@@ -14,8 +14,9 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
-from perdure.errors import DatabaseIncompatible
+from perdure.errors import DatabaseIncompatible, StoreError
 from perdure.store import schema
 from perdure.store.readonly import Reader
 
@@ -31,10 +32,12 @@ __all__ = [
     "Writer",
     "alembic_config",
     "any_text",
+    "origin_of",
     "refuse_old",
     "spelt_url",
     "stored_revision",
     "take_time",
+    "translating",
 ]
 
 
@@ -263,6 +266,31 @@ def spelt_url(url: URL, *, hide_password: bool = False) -> str:
         for value in ((values,) if isinstance(values, str) else values)
     ]
     return f"{text}?{'&'.join(given)}" if given else text
+
+
+def origin_of(error: BaseException) -> BaseException:
+    """Return what the driver raised, where SQLAlchemy has wrapped it."""
+    return error.orig if isinstance(error, DBAPIError) and error.orig else error
+
+
+@contextmanager
+def translating(
+    translated: Callable[[Exception], StoreError], of_driver: type[Exception]
+) -> Generator[None, None, None]:
+    """Turn what the driver raises into a `StoreError` of one line. The one boundary for that.
+
+    Args:
+        translated: Makes it of such an error, which SQLAlchemy may have wrapped.
+        of_driver: The driver's errors.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except IntegrityError:
+        raise  # the log knows what it was doing, and decides
+    except (SQLAlchemyError, of_driver) as error:
+        raise translated(error) from error
 
 
 def take_time(connection: Connection) -> None:

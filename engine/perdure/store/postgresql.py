@@ -41,6 +41,7 @@ from perdure.store.dialect import (
     spelt_url,
     stored_revision,
     take_time,
+    translating,
 )
 from perdure.store.direct import ROUND_TRIPS
 from perdure.store.readonly import BUSY_SECONDS, Reader
@@ -65,7 +66,6 @@ from perdure.store.reaching import (
     patiently,
     shown_place,
     translated,
-    translating,
 )
 from perdure.store.roundtrips import RoundTrips
 
@@ -216,7 +216,7 @@ class Postgresql(Dialect):
 
     def translate(self) -> AbstractContextManager[None]:
         """Turn what the driver raises into a `StoreError` of one line."""
-        return translating(self.place)
+        return translating(lambda error: translated(error, self.place), psycopg.Error)
 
     @property
     def now(self) -> datetime:

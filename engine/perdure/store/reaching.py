@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from perdure.errors import (
@@ -20,7 +19,7 @@ from perdure.errors import (
     DatabaseUnavailable,
     StoreError,
 )
-from perdure.store.dialect import spelt_url
+from perdure.store.dialect import origin_of, spelt_url
 from perdure.store.readonly import BUSY_SECONDS, UNREADABLE_URL
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "patiently",
     "shown_place",
     "translated",
-    "translating",
 ]
 
 T = TypeVar("T")
@@ -95,7 +93,7 @@ def patiently(connect: Callable[[], T]) -> T:
         try:
             return connect()
         except (SQLAlchemyError, psycopg.Error) as error:
-            said = str(_origin_of(error))
+            said = str(origin_of(error))
             passes = is_lost(error) and any(words in said for words in _NOT_NOW)
             if not passes or time.monotonic() + pause > deadline:
                 raise
@@ -108,24 +106,6 @@ def shown_place(url: URL) -> str:
     host = url.host or url.query.get("host") or "localhost"
     port = f":{url.port}" if url.port else ""
     return f"PostgreSQL database {url.database or url.username or ''} at {host}{port}"
-
-
-@contextlib.contextmanager
-def translating(place: str) -> Generator[None, None, None]:
-    """Turn what the driver raises into a `StoreError` of one line. The one boundary for that."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except IntegrityError:
-        raise  # the log knows what it was doing, and decides
-    except (SQLAlchemyError, psycopg.Error) as error:
-        raise translated(error, place) from error
-
-
-def _origin_of(error: BaseException) -> BaseException:
-    """Return what the driver raised, where SQLAlchemy has wrapped it."""
-    return error.orig if isinstance(error, DBAPIError) and error.orig else error
 
 
 def is_passing(error: BaseException) -> bool:
@@ -150,12 +130,12 @@ def is_read_only(error: BaseException) -> bool:
 
 def _raised(error: BaseException) -> BaseException:
     cause = error.__cause__ if isinstance(error, StoreError) and error.__cause__ else error
-    return _origin_of(cause)
+    return origin_of(cause)
 
 
 def translated(error: BaseException, place: str) -> StoreError:
     """Return the error of one line for what the driver or SQLAlchemy raised."""
-    origin = _origin_of(error)
+    origin = origin_of(error)
     state = getattr(origin, "sqlstate", None) or ""
     what = " ".join(str(origin).split())
     if isinstance(error, PoolTimeout):

@@ -22,18 +22,19 @@ import orjson
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from perdure.errors import DatabaseIncompatible, DatabaseUnavailable, StoreError
+from perdure.errors import DatabaseIncompatible, DatabaseUnavailable
 from perdure.store import schema
 from perdure.store.dialect import (
     ONE_MIGRATION,
     Dialect,
     Writer,
     alembic_config,
+    origin_of,
     refuse_old,
     stored_revision,
+    translating,
 )
 from perdure.store.readonly import (
     BUSY_SECONDS,
@@ -435,19 +436,5 @@ def _begin_immediate(connection: Connection) -> None:
         raw.execute("BEGIN IMMEDIATE")
 
 
-@contextlib.contextmanager
-def _translate(path: Path) -> Generator[None, None, None]:
-    """Turn what the driver raises into a `StoreError` of one line. The one boundary for that."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except IntegrityError:
-        raise  # the log knows what it was doing, and decides
-    except (SQLAlchemyError, sqlite3.Error) as error:
-        raise _translated(error, path) from error
-
-
-def _translated(error: Exception, path: Path) -> StoreError:
-    origin = error.orig if isinstance(error, DBAPIError) and error.orig else error
-    return describe_error(str(origin), path)
+def _translate(path: Path) -> AbstractContextManager[None]:
+    return translating(lambda error: describe_error(str(origin_of(error)), path), sqlite3.Error)
