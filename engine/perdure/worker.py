@@ -10,11 +10,10 @@ import asyncio
 import contextlib
 import logging
 import math
-import random
 import secrets
 from collections.abc import Container
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
 
@@ -31,6 +30,7 @@ from perdure.errors import (
     StoreError,
     TasksUnreadable,
 )
+from perdure.pacing import CALM_SECONDS, Pace
 from perdure.platforms import Platforms
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption
 from perdure.store import claims, liveness
@@ -43,15 +43,6 @@ from perdure.store.transaction import Transaction
 
 __all__ = ["Worker", "WorkerSettings"]
 
-_NOT_LOOKED: Final = datetime.min.replace(tzinfo=UTC)
-# All idle workers are told of new work at the same moment; one of them can have it. So they look
-# at moments drawn from as many turns as there are others, each of them longer than it takes to look
-# and to claim, as far as that is known by then. Most find that it has been taken.
-FIRST_TURN_SECONDS: Final = 0.01
-CLAIMS_IN_A_TURN: Final = 2.0
-MOST_SPREAD_SECONDS: Final = 1.0
-CALM_SECONDS: Final = 0.02
-IN_VAIN_SECONDS: Final = 0.05
 _logger: Final = logging.getLogger("perdure")
 
 
@@ -125,15 +116,10 @@ class Worker:
         self._attempts: dict[str, Attempt] = {}
         self._checker = Checker()
         self._wake = asyncio.Event()
-        self._workers = 1  # alive, when last looked
+        self._pace = Pace(self.settings.poll_seconds, self.settings.lease_seconds)
         self._expires = math.inf  # when, by the loop's clock, the next lease is over if not renewed
-        self._turn = FIRST_TURN_SECONDS
-        self._in_vain = False
-        self._told = False  # of work that another process has left, as all workers were
         self._claimed = asyncio.Event()
         self._claiming = asyncio.Lock()
-        self._more = True  # whether something may be due that we haven't been told of
-        self._due: datetime | None = _NOT_LOOKED  # what the look before going to sleep has found
         self._stopping = False
         self._until_done = False
         self._stop_all: Stop | None = None
@@ -172,11 +158,11 @@ class Worker:
 
     def wake(self) -> None:
         """Look for due tasks now."""
-        self._more = True
+        self._pace.expect_work()
         self._wake.set()
 
     def _hear_of_work(self) -> None:
-        self._told = True
+        self._pace.hear_with_all()
         self._wake.set()
 
     def stop_claiming(self) -> None:
@@ -218,7 +204,7 @@ class Worker:
                 if idle and self._until_done and await self._nothing_left():
                     await self._check_all_were_read()
                     break
-                if not (began and self._more) or len(self._running) >= self.settings.concurrency:
+                if not (began and self._pace.maybe_due) or not self._has_room:
                     await self._sleep()
             if self._running:
                 await asyncio.wait(set(self._running.values()))
@@ -272,28 +258,27 @@ class Worker:
         if self._named is not None:
             await self._named.forget_ended(self._database)
         scope = self.scope
-        self._in_vain = False
-        looked = not self._more
+        looked_first = not self._pace.maybe_due
         began = asyncio.get_running_loop().time()
-        if looked:  # which costs no write lock
-            self._due = await self._look()
-            if self._due is None or self._due > self._database.now:
-                return 0
+        if looked_first and not self._pace.is_worth_claiming(
+            await self._look(), self._database.now
+        ):
+            return 0
         if self._stopping:
             return 0
-        self._more = False
-        self._due = _NOT_LOOKED
+        self._pace.begin_claim()
         models = self._platforms.default_models()
         claimed, head = await self._log.write_last(
             lambda tx: claims.claim(tx, self.worker_id, free, scope, models, self._unreadable)
         )
         if not self._unreadable.task_ids <= scope.excluded:
             self.wake()  # they may have taken the place of others that are due
-        self._more = self._more or len(claimed) == free
-        self._in_vain = looked and not claimed
-        if looked:  # so long others that look see what is claimed here
-            took = asyncio.get_running_loop().time() - began
-            self._turn = (self._turn + CLAIMS_IN_A_TURN * took) / 2
+        self._pace.end_claim(
+            looked_first=looked_first,
+            claimed=len(claimed),
+            free=free,
+            seconds=asyncio.get_running_loop().time() - began,
+        )
         if claimed:
             self._claimed.set()
         for one in claimed:
@@ -334,33 +319,32 @@ class Worker:
         """Whether it has nothing to lose, and need not look for work but when it shows itself."""
         return self._hears_of_all and not self._running
 
+    @property
+    def _has_room(self) -> bool:
+        """Whether another attempt could begin."""
+        return len(self._running) < self.settings.concurrency
+
     def _patience(self) -> float | None:
         """Return after how many seconds to look for work again; None where heartbeats do that."""
-        wait: float | None = self.settings.poll_seconds
-        if self._hears_of_all:
-            wait = self.settings.lease_seconds if self._running else None
-        due = None if self._due is _NOT_LOOKED else self._due
-        if due is not None and len(self._running) < self.settings.concurrency:
-            left = max(0.0, (due - self._database.now).total_seconds())
-            wait = left if wait is None else min(wait, left)
-        if self._in_vain and wait is not None:
-            # What is due was being taken by somebody who has yet to commit that.
-            wait = max(wait, IN_VAIN_SECONDS)
-        return wait
+        return self._pace.patience(
+            self._database.now,
+            room=self._has_room,
+            running=bool(self._running),
+            hears=self._hears_of_all,
+        )
 
     async def _sleep(self) -> None:
         """Wait for news: something was submitted or has ended here, or others may have done so."""
-        if len(self._running) < self.settings.concurrency and self._due is _NOT_LOOKED:
+        if self._has_room and not self._pace.has_looked:
             # What was just claimed is served first; news within that time make it look anyway.
             if not await self._woken(CALM_SECONDS):
-                self._due = await self._look()
+                self._pace.note_look(await self._look())
                 await self._woken(self._patience())
         else:
             await self._woken(self._patience())
-        self._due = _NOT_LOOKED
-        if self._told:  # not all at once: the later ones find that it has been taken
-            self._told = False
-            await asyncio.sleep(self._any_turn())
+        self._pace.forget_look()
+        if turn := self._pace.turn_after_news():  # not all at once: the later ones find it taken
+            await asyncio.sleep(turn)
 
     async def _woken(self, wait: float | None) -> bool:
         """Wait for so many seconds; returns whether there was news before they were over."""
@@ -368,11 +352,6 @@ class Worker:
             async with asyncio.timeout(wait):
                 return await self._wake.wait()
         return False
-
-    def _any_turn(self) -> float:
-        """Return how many seconds to wait, so that not all workers do the same at once."""
-        spread = min(MOST_SPREAD_SECONDS, self._turn * (self._workers - 1))
-        return random.uniform(0, spread)  # noqa: S311 - no secret
 
     async def _look(self) -> datetime | None:
         """Return when the next task that waits is due; None where none waits."""
@@ -496,11 +475,11 @@ class Worker:
 
     async def _take_over(self, census: Census) -> int:
         """Take over what lost workers had, and note when the next one may be lost."""
-        self._workers = max(1, census.alive)
+        self._pace.workers = max(1, census.alive)
         self._expires = math.inf
         if census.expires is not None:
             left = (census.expires - self._database.now).total_seconds()
-            self._expires = asyncio.get_running_loop().time() + left + self._any_turn()
+            self._expires = asyncio.get_running_loop().time() + left + self._pace.any_turn()
         recovered = 0
         for lost in census.lost:
             if lost == self.worker_id:

@@ -131,7 +131,7 @@ async def test_few_of_many_idle_workers_run_for_one_task(own_server: Server, db:
         ]
         other = await stack.enter_async_context(Engine.open(db, run=False))
         await eventually(lambda: all(engine.log.hears for engine in engines))
-        await eventually(lambda: all(engine.worker._workers == workers for engine in engines))
+        await eventually(lambda: all(engine.worker._pace.workers == workers for engine in engines))
         before = claims()
         for number in range(tasks):
             task_id = await other.submit_task(demo(f"task {number}", words=1))
