@@ -84,7 +84,7 @@ def find_problem(
     prepared = _prepared(schema)
     if length >= prepared.too_long:
         raise OutOfTime
-    began = _latest.set(time.perf_counter() + seconds)
+    token = _latest.set(time.perf_counter() + seconds)
     try:
         found = prepared.validator.iter_errors(value)
         return cast("ValidationError | None", exceptions.best_match(found))  # pyright: ignore[reportUnknownMemberType] - the stubs leave it out
@@ -94,7 +94,7 @@ def find_problem(
     except RecursionError:  # it is deeper here, for what looks at the clock
         raise OutOfTime from None
     finally:
-        _latest.reset(began)
+        _latest.reset(token)
 
 
 class _Overdue(OutOfTime):
