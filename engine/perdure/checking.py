@@ -15,10 +15,11 @@ import faulthandler
 import json
 import os
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import Mapping
 from typing import Any, Final
 
+from perdure import interpreters
 from perdure.errors import OutputInvalid
 from perdure.schemas import patterns, short
 from perdure.structured import parse_output
@@ -154,16 +155,11 @@ class _Helper:
     @classmethod
     async def start(cls) -> _Helper | None:
         """Return one that is ready; None where that isn't possible here."""
-        if getattr(sys, "frozen", False) or not sys.executable:
+        if not interpreters.is_there():
             return None
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"),
-                stdin=PIPE,
-                stdout=PIPE,
-                stderr=DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # Ctrl-C is for whoever asked, who then ends it
+                *interpreters.command(__name__), **interpreters.options()
             )
         except (OSError, NotImplementedError):  # no more processes; a loop that starts none
             return None

@@ -3,9 +3,6 @@
 Whatever is read part by part, each part by itself, can be shared. A helper reads what is committed,
 on a connection of its own, and sends back what it found; nothing is written by it. Whoever asked
 reads as well, so where there are no helpers, or they are lost, all is done all the same.
-
-Helpers are interpreters of their own that are talked to through pipes. `multiprocessing` would run
-the main script of the program once more in each, and fork connections and locks with it.
 """
 
 from __future__ import annotations
@@ -27,6 +24,7 @@ from typing import IO, Any, Final, TypeVar
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from perdure import interpreters
 from perdure.errors import InvalidConfig
 from perdure.store.database import Database
 from perdure.store.dialect import take_time
@@ -149,7 +147,7 @@ def helpers_for(database: Database, connection: Connection) -> Generator[Helpers
     count = min(_processors() - 1, _allowed())
     position = connection.scalar(sa.select(log_head.c.position))
     long = isinstance(position, int) and position >= MANY_EVENTS
-    if count < 1 or not long or getattr(sys, "frozen", False):  # then there is no interpreter
+    if count < 1 or not long or not interpreters.is_there():
         yield NO_HELP
         return
     helpers = Helpers(count, database.address)
@@ -204,14 +202,8 @@ class _Helper:
     """
 
     def __init__(self, address: str) -> None:
-        self._process = subprocess.Popen(  # noqa: S603 - of nothing that anybody has given us
-            [sys.executable, "-P", "-c", f"{_LESS_GC}; from {__name__} import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # what goes wrong is seen by looking once more here
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # Ctrl-C is for whoever asked, who then ends it
-        )
+        command = interpreters.command(__name__, _LESS_GC)
+        self._process = subprocess.Popen(command, **interpreters.options())  # noqa: S603 - of nothing that anybody has given us
         assert self._process.stdin is not None  # noqa: S101 - for the type checkers
         assert self._process.stdout is not None  # noqa: S101
         self._to, self._from = self._process.stdin, self._process.stdout
