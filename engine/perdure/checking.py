@@ -32,11 +32,17 @@ MOST_HELPERS: Final = max(1, min(4, os.cpu_count() or 1))
 START_SECONDS: Final = 30.0
 GOODBYE_SECONDS: Final = 1.0
 TRIES: Final = 2
+# Where none could be started, before it is tried again.
+PAUSE_SECONDS: Final = 1.0
 _READY: Final = b"ready\n"
 
 
 class Unchecked(Exception):
     """There was no time left to check the output."""
+
+
+class _NotStarted(Exception):
+    """A helper can't be started just now; the message says why."""
 
 
 class Checker:
@@ -60,26 +66,37 @@ class Checker:
         """
         request = json.dumps((text, schema, self._seconds)).encode() + b"\n"
         async with self._turns:
-            for again in range(TRIES):
-                helper = self._idle.pop() if self._idle and not again else await _Helper.start()
-                if helper is None:  # as where there is no interpreter to start
-                    parse_output(text, schema)
-                    return
-                try:
-                    problem = await self._ask(helper, request)
-                except TimeoutError:
-                    raise OutputInvalid.beyond_repair(self._overdue(schema)) from None
-                except (OSError, EOFError):  # somebody has ended it, the system for want of memory
-                    continue
-                if problem is not None:
-                    message, repairable = problem
-                    failed = OutputInvalid if repairable else OutputInvalid.beyond_repair
-                    raise failed(message)
-                return
-        raise OutputInvalid.beyond_repair(
-            "the output can't be checked: the process that checks it was ended twice, as for want "
-            "of memory"
-        )
+            problem = await self._problem(text, schema, request)
+        if problem is not None:
+            message, repairable = problem
+            raise OutputInvalid(message) if repairable else OutputInvalid.beyond_repair(message)
+
+    async def _problem(
+        self, text: str, schema: Mapping[str, Any], request: bytes
+    ) -> tuple[str, bool] | None:
+        """Return what is wrong with the output and whether it can be repaired, if anything is."""
+        lost = False
+        why = ""
+        for left in reversed(range(TRIES)):
+            try:
+                helper = self._idle.pop() if self._idle and not lost else await _Helper.start()
+            except _NotStarted as error:
+                why = f"no process that checks it can be started ({error})"
+                await asyncio.sleep(PAUSE_SECONDS if left else 0.0)
+                continue
+            if helper is None:
+                return _problem(text, schema)
+            try:
+                return await self._ask(helper, request)
+            except TimeoutError:
+                return self._overdue(schema), False
+            except (OSError, EOFError):  # somebody has ended it
+                lost = True
+                why = "the process that checks it was ended, as for want of memory"
+        return (
+            f"the output can't be checked: {why}; `perdure output` shows it, for it is kept: mend "
+            "that, and run the task again"
+        ), False
 
     async def check_until(
         self,
@@ -154,26 +171,44 @@ class _Helper:
 
     @classmethod
     async def start(cls) -> _Helper | None:
-        """Return one that is ready; None where that isn't possible here."""
+        """Return one that is ready; None where there is no interpreter, or a loop starts none.
+
+        Raises:
+            _NotStarted: There is none just now.
+        """
         if not interpreters.is_there():
             return None
         try:
             process = await asyncio.create_subprocess_exec(
                 *interpreters.command(__name__), **interpreters.options()
             )
-        except (OSError, NotImplementedError):  # no more processes; a loop that starts none
+        except (FileNotFoundError, NotImplementedError):
             return None
+        except (OSError, RuntimeError) as error:  # no more processes, or no thread to wait for one
+            raise _NotStarted(getattr(error, "strerror", None) or str(error)) from None
         helper = cls(process)
-        ready = False
+        problem: str | None = "it was not waited for"
+        try:
+            problem = await helper._be_ready()
+        finally:
+            if problem is not None:
+                await helper.end()
+        if problem is not None:
+            raise _NotStarted(f"{sys.executable!r} {problem}")
+        return helper
+
+    async def _be_ready(self) -> str | None:
+        """Return what has come in between, once it is ready or will not be."""
         try:
             async with asyncio.timeout(START_SECONDS):
-                ready = await helper._from.readline() == _READY
+                said = await self._from.readline()
+                if said == _READY:
+                    return None
+                if said:
+                    return "says something else before it begins"
+                return f"ended at once, with the exit code {await self._process.wait()}"
         except TimeoutError:
-            pass
-        finally:
-            if not ready:
-                await helper.end()
-        return helper if ready else None
+            return f"was not ready after {START_SECONDS:g} s"
 
     async def ask(self, request: bytes) -> tuple[str, bool] | None:
         """Return what is wrong with an output and whether it can be repaired; None if nothing is.

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from errno import EAGAIN
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,15 +105,98 @@ async def test_a_process_that_was_lost() -> None:
     await checker.close()
 
 
-async def test_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where none can be started, the check is done here."""
-    monkeypatch.setattr("sys.executable", "")
+@pytest.mark.parametrize("executable", ["", "/nowhere/python"])
+async def test_no_interpreter(monkeypatch: pytest.MonkeyPatch, executable: str) -> None:
+    """Where there is none that could be started, the check is done here."""
+    monkeypatch.setattr("sys.executable", executable)
     checker = Checker()
     await checker.check('"aa"', BAD)
     with pytest.raises(OutputInvalid, match="does not match"):
         await checker.check('"b"', BAD)
     assert pids_of(checker) == []
     await checker.close()
+
+
+async def test_a_loop_that_starts_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, too, the check is done here."""
+
+    async def refuse(*_command: str, **_how: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("asyncio.create_subprocess_exec", refuse)
+    with pytest.raises(OutputInvalid, match="does not match"):
+        await Checker().check('"b"', BAD)
+
+
+class TestNoProcessToBeHad:
+    """Where one can't be started just now, nothing is checked here, where nobody could end it."""
+
+    @pytest.fixture(autouse=True)
+    def never_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A check in this process is a failure, and so is a test that waits for long."""
+
+        def here(*_what: Any) -> None:
+            raise AssertionError("checked in this process")
+
+        monkeypatch.setattr("perdure.checking.parse_output", here)
+        monkeypatch.setattr("perdure.checking.PAUSE_SECONDS", 0.0, raising=False)
+
+    async def refused(self, checker: Checker, why: str) -> None:
+        """Check, and see it refused for this reason, in one line."""
+        with pytest.raises(OutputInvalid, match=why) as caught:
+            await checker.check(ENDLESS, BAD)
+        assert not caught.value.repairable
+        assert "\n" not in str(caught.value)
+        assert "for it is kept" in str(caught.value)
+        assert pids_of(checker) == []
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            BlockingIOError(EAGAIN, os.strerror(EAGAIN)),
+            RuntimeError("can't start new thread"),  # which waits for the process's end
+        ],
+    )
+    @pytest.mark.parametrize("times", [1, 2])
+    async def test_no_more_processes(
+        self, monkeypatch: pytest.MonkeyPatch, times: int, error: Exception
+    ) -> None:
+        """It is tried again; the second time, the answer counts as one that can't be checked."""
+        start = asyncio.create_subprocess_exec
+        refusals = [error] * times
+
+        async def scarce(*command: Any, **how: Any) -> asyncio.subprocess.Process:
+            if refusals:
+                raise refusals.pop()
+            return await start(*command, **how)
+
+        monkeypatch.setattr("asyncio.create_subprocess_exec", scarce)
+        checker = Checker()
+        if times == 1:
+            await checker.check('"aa"', BAD)
+        else:
+            await self.refused(checker, str(error.args[-1]))
+        await checker.close()
+
+    async def test_one_that_ends_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As where what is started is no interpreter at all."""
+        monkeypatch.setattr("sys.executable", "/bin/false")
+        await self.refused(Checker(), "'/bin/false' ended at once, with the exit code 1")
+
+    async def test_one_that_is_never_ready(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """It isn't waited for any longer, and is gone."""
+        pids = tmp_path / "pids"
+        sleeper = tmp_path / "sleeper"
+        sleeper.write_text(f"#!/bin/sh\necho $$ >> {pids}\nexec sleep 60\n")
+        sleeper.chmod(0o700)
+        monkeypatch.setattr("sys.executable", str(sleeper))
+        monkeypatch.setattr("perdure.checking.START_SECONDS", 0.5)
+        await self.refused(Checker(), "sleeper' was not ready after 0.5 s")
+        started = pids.read_text().split()
+        assert len(started) == 2
+        assert not any(is_there(int(pid)) for pid in started)
 
 
 def test_a_process_whose_asker_is_gone() -> None:
