@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from harness import (
     FAST,
+    PATIENCE,
     Nursery,
     assert_sound,
     chunks_in,
@@ -28,6 +29,7 @@ from perdure import (
     Call,
     Chunk,
     Completed,
+    DatabaseIncompatible,
     Engine,
     EngineClosed,
     Event,
@@ -40,6 +42,7 @@ from perdure.store import feed
 from perdure.streaming import StreamingResult, TextChunk
 from perdure.testing import Hold, ScriptedAdapter
 from perdure_adapters import DemoAdapter
+from store.backends import append_newer
 
 ASK = Task(prompt="Say hello.")
 
@@ -410,6 +413,36 @@ async def test_who_has_seen_the_end_already_is_not_left_waiting(db: Path) -> Non
             async with asyncio.timeout(60):
                 seen = [event.version async for event in engine.stream_events(task_id, version)]
             assert seen == sorted(seen)
+
+
+async def test_a_task_that_cannot_be_read_is_no_trouble_of_others(db: Path) -> None:
+    """A newer perdure writes to one that runs and is read here: the others are heard of as before.
+
+    Its attempt, which waits, goes on to listen to its stream.
+    """
+    holds = {"newer": Hold(), "cancelled": Hold(), "read": Hold()}
+    adapter = ScriptedAdapter(
+        per_call=lambda call: ["a ", holds[call.task.prompt], "b", Completed()]
+    )
+    async with engine_on(db, adapter) as engine, engine_on(db, run=False) as beside:
+        ids = {name: await engine.submit_task(Task(prompt=name)) for name in holds}
+        await eventually(lambda: count_events(db, "chunk") == 3)
+        refused = asyncio.create_task(collect_stream(engine.stream_result(ids["newer"])))
+        reading = asyncio.create_task(collect_stream(engine.stream_result(ids["read"])))
+        waiting = [
+            asyncio.create_task(engine.get_result(ids[name])) for name in ("cancelled", "read")
+        ]
+        await eventually(lambda: len(engine.log.feed._readers) == 4)
+        append_newer(str(db), ids["newer"])
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(DatabaseIncompatible, match="invented"):
+                await refused
+            await beside.cancel_task(ids["cancelled"])
+            cancelled = await waiting[0]
+            assert (cancelled.status, cancelled.partial_output) == ("cancelled", "a ")
+            holds["read"].release()
+            assert await reading == (await waiting[1]).output == "a b"
+        holds["newer"].release()
 
 
 async def test_readers_of_a_closed_engine_end(db: Path) -> None:

@@ -75,8 +75,8 @@ async def opened(url: str) -> AsyncGenerator[Store, None]:
         await database.close()
 
 
-def append_newer(url: str, *task_ids: str) -> None:
-    """Append an event that only a newer perdure knows to each stream, as one does."""
+def append_newer(url: str, *task_ids: str, type_: str = "invented") -> None:
+    """Append an event that only a newer perdure can append to each stream, as one does."""
     writer = Database(url).writer()
     for task_id in task_ids:
         with writer.transaction() as connection:
@@ -96,7 +96,7 @@ def append_newer(url: str, *task_ids: str) -> None:
                     position=place,
                     stream_id=stream_id,
                     version=version,
-                    type="invented",
+                    type=type_,
                     schema_version=1,
                     data="{}",
                     recorded_at=writer.now(),

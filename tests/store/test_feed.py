@@ -13,10 +13,16 @@ from typing import Any
 import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from perdure.errors import DatabaseCorrupt, EngineClosed
+from perdure.errors import (
+    DatabaseCorrupt,
+    DatabaseIncompatible,
+    DatabaseUnavailable,
+    EngineClosed,
+    PerdureError,
+)
 from perdure.events import CancelRequested, Chunk, Completed, RecordedEvent
 from perdure.store import feed as feed_module
-from store.backends import Backend, Store, opened
+from store.backends import Backend, Sqlite, Store, append_newer, opened
 from store.children import children
 
 PATIENCE = 60
@@ -232,20 +238,25 @@ async def test_reader_that_leaves_is_forgotten(database_url: str) -> None:
 
 
 @contextlib.contextmanager
-def gate(store: Store) -> Generator[tuple[asyncio.Event, asyncio.Event], None, None]:
+def gate(
+    store: Store, *, fails: bool = False
+) -> Generator[tuple[asyncio.Event, asyncio.Event], None, None]:
     """Hold the next look into the database: gives what tells that it came, and what lets it go.
 
-    It is held after it has looked, so that what happens meanwhile is news to whoever asked.
+    It is held after it has looked, so that what happens meanwhile is news to whoever asked. With
+    ``fails`` the one after it fails.
     """
     came, go = asyncio.Event(), asyncio.Event()
     read_ = store.database.read
-    first = True
+    looks = 0
 
     async def held(query: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:
-        nonlocal first
+        nonlocal looks
+        looks += 1
+        if fails and looks == 2:
+            raise DatabaseUnavailable("gone for a moment")
         found = await read_(query)
-        if first:
-            first = False
+        if not came.is_set():
             came.set()
             await go.wait()
         return found
@@ -439,6 +450,111 @@ async def test_what_cannot_be_read_ends_its_readers(backend: Backend, database_u
             shell.run("UPDATE log_head SET position = 3")
         with pytest.raises(DatabaseCorrupt):
             await asyncio.wait_for(reading, PATIENCE)
+
+
+async def read_until_refused(store: Store, task_id: str) -> tuple[list[int], PerdureError]:
+    """Follow a stream until it can't be read any further; returns what came before, and why."""
+    seen: list[int] = []
+    try:
+        async for event in store.log.feed.follow(task_id):
+            seen.append(event.version)  # noqa: PERF401 - it ends with an error
+    except PerdureError as error:
+        return seen, error
+    raise AssertionError("it was read to its end")
+
+
+async def test_what_cannot_be_read_ends_nobody_elses_readers(database_url: str) -> None:
+    """An event of a newer release ends the readers of its task, after what comes before it."""
+    async with opened(database_url) as here, opened(database_url) as there:
+        await there.start("newer")
+        await there.start("other")
+        refused = [asyncio.create_task(read_until_refused(here, "newer")) for _ in range(2)]
+        waiting = here.log.feed.ending("newer")
+        reading = asyncio.create_task(read(here, "other"))
+        ending = here.log.feed.ending("other")
+        await there.log.append("newer", [Chunk(text="x")], 2)
+        append_newer(database_url, "newer")
+        await there.log.append("other", [Chunk(text="x")], 2)
+        async with asyncio.timeout(PATIENCE):
+            for one in refused:
+                seen, error = await one
+                assert seen == [1, 2, 3]
+                assert isinstance(error, DatabaseIncompatible)
+            with pytest.raises(DatabaseIncompatible, match="invented"):
+                await waiting.wait(None)
+        waiting.stop()
+        await there.log.append("other", [Completed(output_length=1)], 3)
+        await within_reason(reading)
+        assert reading.result() == [1, 2, 3, 4]
+        await ending.wait(PATIENCE)
+        ending.stop()
+
+
+async def test_an_owner_of_what_cannot_be_read(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as somebody listens to such a stream, nothing fails, and owners miss nothing.
+
+    The owner of the stream itself is told of what can be read behind it; a reader that begins
+    behind it reads on, and whoever waits for the end anew is told of that.
+    """
+    monkeypatch.setattr(feed_module, "AGAIN_SECONDS", 0.0)
+    async with opened(database_url) as here, opened(database_url) as there:
+        for name in ("newer", "mine"):
+            await there.start(name)
+        heard: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+
+        def hear(event: RecordedEvent) -> None:
+            heard.put_nowait((event.task_id, event.version))
+
+        stops = [listen(here, name, hear) for name in ("newer", "mine")]
+        append_newer(database_url, "newer")
+        async with asyncio.timeout(PATIENCE):
+            await there.log.append("mine", [Chunk(text="x")], 2)
+            while await heard.get() != ("mine", 3):
+                pass
+            ending = here.log.feed.ending("newer")
+            behind = asyncio.create_task(read(here, "newer", after=3))
+            for version in range(3, 8):  # an owner asks for what was seen before, too
+                stops.append(listen(here, "mine", hear, since=0))
+                await there.log.append("mine", [Chunk(text="x", offset=version - 2)], version)
+                while await heard.get() != ("mine", version + 1):
+                    pass
+            append_ending(database_url, "newer")
+            while await heard.get() != ("newer", 4):
+                pass
+            await ending.wait(None)
+            assert await behind == [4]
+        ending.stop()
+        for stop in stops:
+            stop()
+
+
+def append_ending(url: str, task_id: str) -> None:
+    """End a stream as a newer perdure does that knows all of its events."""
+    append_newer(url, task_id, type_="completed")
+
+
+async def test_a_moment_that_is_none(sqlite: Sqlite) -> None:
+    """What only somebody else can have written ends its own readers with the reason, no others."""
+    database_url = sqlite.new()
+    async with opened(database_url) as here, opened(database_url) as there:
+        await there.start("demo_1")
+        await there.start("other")
+        refused = asyncio.create_task(read_until_refused(here, "demo_1"))
+        reading = asyncio.create_task(read(here, "other"))
+        await asyncio.sleep(0)
+        with sqlite.shell(database_url) as shell:
+            shell.run(
+                "INSERT INTO events SELECT 5, stream_id, 3, 'chunk', 1, '{}', 'noon', digest "
+                "FROM events WHERE position = 1"
+            )
+            shell.run("UPDATE log_head SET position = 5")
+        seen, error = await asyncio.wait_for(refused, PATIENCE)
+        assert seen == [1, 2]
+        assert isinstance(error, DatabaseCorrupt)
+        await there.log.append("other", [Completed()], 2)
+        await within_reason(reading)
 
 
 async def test_no_wake_up_is_lost(database_url: str) -> None:

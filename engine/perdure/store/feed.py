@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
+from sqlalchemy import Dialect
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from perdure.errors import DatabaseCorrupt, EngineClosed, PerdureError, TaskArchived
-from perdure.events import Archived, CancelRequested, Interrupted, RecordedEvent, decode
+from perdure.errors import DatabaseCorrupt, EngineClosed, PerdureError, StoreError, TaskArchived
+from perdure.events import (
+    LOOK_CLOSER,
+    Archived,
+    CancelRequested,
+    Interrupted,
+    RecordedEvent,
+    decode,
+)
 from perdure.store.begun import Begun, Ended
 from perdure.store.database import Database
 from perdure.store.projection import TaskFold
-from perdure.store.schema import events, log_head, streams
+from perdure.store.schema import Timestamp, events, log_head, streams
 
 __all__ = ["Ending", "Feed", "recorded"]
 
@@ -40,6 +49,20 @@ AGAIN_SECONDS: Final = 1.0
 # For what is being fetched when the log is closed: by a database that is gone, never.
 CATCH_UP_SECONDS: Final = 2.0
 
+
+class _Moment(Timestamp):
+    """A moment; None for one that is none, so that the rows beside it can be fetched."""
+
+    cache_ok = True
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ANN401
+        """Turn what is stored into a moment."""
+        try:
+            return super().process_result_value(value, dialect)
+        except ValueError:
+            return None
+
+
 _EVENTS: Final = sa.select(
     events.c.position,
     streams.c.task_id,
@@ -47,7 +70,7 @@ _EVENTS: Final = sa.select(
     events.c.type,
     events.c.schema_version,
     events.c.data,
-    events.c.recorded_at,
+    sa.type_coerce(events.c.recorded_at, _Moment).label("recorded_at"),
 )
 SELECT_EVENTS: Final = _EVENTS.join_from(events, streams, events.c.stream_id == streams.c.stream_id)
 # For what is new. What is computed is in no index: so SQLite begins with the events after a
@@ -59,7 +82,16 @@ _NAME: Final = streams.c.task_id + ""
 
 
 def recorded(row: sa.RowMapping) -> RecordedEvent:
-    """Return the event that a row of `SELECT_EVENTS` holds."""
+    """Return the event that a row of `SELECT_EVENTS` holds.
+
+    Raises:
+        DatabaseIncompatible: A newer perdure wrote it.
+        DatabaseCorrupt: It can't be what was written.
+    """
+    if row["recorded_at"] is None:
+        raise DatabaseCorrupt(
+            f"the moment of the event at position {row['position']} is unreadable: {LOOK_CLOSER}"
+        )
     return RecordedEvent(
         position=row["position"],
         task_id=row["task_id"],
@@ -67,6 +99,14 @@ def recorded(row: sa.RowMapping) -> RecordedEvent:
         event=decode(row["type"], row["schema_version"], row["data"]),
         recorded_at=row["recorded_at"],
     )
+
+
+class _Unread(NamedTuple):
+    """Where an event is that can't be read, and why: a newer perdure wrote it, or it is damaged."""
+
+    position: int
+    task_id: str
+    error: StoreError
 
 
 class Feed:
@@ -113,7 +153,9 @@ class Feed:
     def listen(self, task_id: str, listener: Listener, *, since: int | None = None) -> None:
         """Call ``listener`` for the stream's events from now on, until `stop_listening`.
 
-        It may be told of an event twice, and of some that are older than the call.
+        It may be told of an event twice, and of some that are older than the call. It isn't told of
+        those that this perdure can't read, only of what comes after them: whoever goes by the
+        stream's version, as its owner, finds out when it appends.
 
         Args:
             task_id: The stream.
@@ -167,8 +209,10 @@ class Feed:
         Raises:
             EngineClosed: The engine was closed before the task ended.
             TaskArchived: The events were moved into an archive.
+            DatabaseIncompatible: A newer perdure wrote one of them.
+            DatabaseCorrupt: One of them can't be what was written.
         """
-        reader = _Reader()
+        reader = _Reader(task_id)
         if (trouble := self._failed or self._suspended) is not None:
             reader.fail(trouble)  # what is there can be read; nothing more will come
         self._readers.add(reader)
@@ -206,7 +250,7 @@ class Feed:
 
     def ending(self, task_id: str) -> Ending:
         """Return what waits for a task to end from now on; look first whether it has ended."""
-        ending = Ending(self, task_id)
+        ending = Ending(self, task_id, self._seen)
         if (trouble := self._failed or self._suspended) is not None:
             ending.fail(trouble)
         self._readers.add(ending)
@@ -307,6 +351,18 @@ class Feed:
                 for listener in tuple(listeners):
                     listener(event)
 
+    def _deliver_unread(self, unread: Iterable[_Unread]) -> None:
+        """Tell the readers of some streams, and nobody else, that they can't be read any further.
+
+        Nothing is asked for again on that account. What others write into these streams, and can be
+        read, such as a cancellation, reaches whoever listens to them.
+        """
+        latest = {one.task_id: one for one in unread}
+        if latest:
+            for reader in tuple(self._readers):
+                if reader.task_id in latest:
+                    reader.receive_unread(latest[reader.task_id])
+
     def _keep_for_owner(self, event: RecordedEvent) -> None:
         if len(self._for_owners) == MOST_FOR_OWNERS and self._for_owners_since is not None:
             gone = self._for_owners[0].position
@@ -341,7 +397,8 @@ class Feed:
                 )
                 if self._seen == since:  # else somebody joined who needs an earlier start
                     self._seen = head
-                self._deliver(fresh)
+                self._deliver([one for one in fresh if isinstance(one, RecordedEvent)])
+                self._deliver_unread(one for one in fresh if isinstance(one, _Unread))
                 # Streams that somebody joined meanwhile were not looked at: once more for them.
                 late, before = tuple(self._listeners.keys() - frozenset(wanted)), since
                 self._stale = self._stale or bool(late)
@@ -365,7 +422,7 @@ async def _news(
     since: int,
     late: tuple[str, ...],
     before: int,
-) -> tuple[int, list[RecordedEvent]]:
+) -> tuple[int, list[RecordedEvent | _Unread]]:
     """Return the log's head and what is new: of ``late`` after ``before``, else after ``since``."""
     head, news = await _behind(connection, wanted, since)
     if late and before < since:
@@ -376,13 +433,21 @@ async def _news(
 
 async def _behind(
     connection: AsyncConnection, wanted: tuple[str, ...], after: int
-) -> tuple[int, list[RecordedEvent]]:
+) -> tuple[int, list[RecordedEvent | _Unread]]:
     """Return the log's head and the events of these streams after ``after``."""
     rows = (await connection.execute(head_and_news(wanted, after))).mappings().all()
     if not rows:
         raise DatabaseCorrupt("the log has lost its head row: restore a backup")
     names = frozenset(wanted)
-    return rows[0]["head"], [recorded(row) for row in rows if row["task_id"] in names]
+    return rows[0]["head"], [_read_row(row) for row in rows if row["task_id"] in names]
+
+
+def _read_row(row: sa.RowMapping) -> RecordedEvent | _Unread:
+    """Return the event that a row holds; one that can't be read is no trouble of the others."""
+    try:
+        return recorded(row)
+    except StoreError as error:
+        return _Unread(row["position"], row["task_id"], error)
 
 
 def head_and_news(wanted: Sequence[str], after: int) -> sa.Select[*tuple[Any, ...]]:
@@ -408,11 +473,12 @@ class Ending:
         task_id: The task.
     """
 
-    __slots__ = ("_feed", "_future", "task_id")
+    __slots__ = ("_feed", "_future", "_since", "task_id")
 
-    def __init__(self, feed: Feed, task_id: str) -> None:
+    def __init__(self, feed: Feed, task_id: str, since: int) -> None:
         self.task_id = task_id
         self._feed = feed
+        self._since = since
         self._future: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
 
     async def wait(self, timeout: float | None) -> Ended | None:
@@ -420,6 +486,8 @@ class Ending:
 
         Raises:
             EngineClosed: The engine was closed before.
+            DatabaseIncompatible: A newer perdure writes to the stream: that may be an end, too.
+            DatabaseCorrupt: What was written to it since can't be read.
             TimeoutError: It hasn't ended in so many seconds.
         """
         if timeout is None:
@@ -437,6 +505,11 @@ class Ending:
         if event.event.ends_task and not self._future.done():
             self._future.set_result(self._feed.ended(event.task_id))
 
+    def receive_unread(self, unread: _Unread) -> None:
+        """Take the news of an event that can't be read, unless it is an old one, told once more."""
+        if unread.position > self._since:
+            self.fail(unread.error)
+
     def fail(self, error: PerdureError) -> None:
         """Take the news that nothing will be heard any more."""
         if not self._future.done():
@@ -447,7 +520,8 @@ class Ending:
 class _Reader:
     """What one reader has been told and not yet taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
         self._mailbox: deque[RecordedEvent] = deque()
         self._news = asyncio.Event()
         self._error: PerdureError | None = None
@@ -463,6 +537,11 @@ class _Reader:
         else:
             self._mailbox.append(event)
             self._news.set()
+
+    def receive_unread(self, _unread: _Unread) -> None:
+        # It finds out itself, at the right place: when it fetches what it wasn't given.
+        self.behind = True
+        self._news.set()
 
     def fail(self, error: PerdureError) -> None:
         self._error = error
