@@ -535,6 +535,37 @@ def append_ending(url: str, task_id: str) -> None:
     append_newer(url, task_id, type_="completed")
 
 
+async def test_an_owner_that_comes_while_a_fetch_fails(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it may not miss isn't missed, though looking for it fails at first."""
+    monkeypatch.setattr(feed_module, "AGAIN_SECONDS", 0.01)
+    async with opened(database_url) as here, opened(database_url) as there:
+        await there.start("known")
+        await there.start("owned")  # positions 3 and 4
+        heard: asyncio.Queue[int] = asyncio.Queue()
+        stop = listen(here, "known", lambda e: heard.put_nowait(e.version))
+        await there.log.append("known", [Chunk(text="x")], 2)
+        async with asyncio.timeout(PATIENCE):
+            while await heard.get() != 3:
+                pass
+            while (fetching := here.log.feed._fetching) is not None:
+                await asyncio.wait({fetching})
+        owned: asyncio.Queue[int] = asyncio.Queue()
+        with gate(here, fails=True) as (came, go):
+            await there.log.append("owned", [CancelRequested(by="me")], 2)
+            async with asyncio.timeout(PATIENCE):
+                await came.wait()  # it has looked for "known" only
+                since = here.log.feed._seen
+                stop_owned = listen(
+                    here, "owned", lambda e: owned.put_nowait(e.version), since=since
+                )
+                go.set()
+                assert await owned.get() == 3
+        stop()
+        stop_owned()
+
+
 async def test_a_moment_that_is_none(sqlite: Sqlite) -> None:
     """What only somebody else can have written ends its own readers with the reason, no others."""
     database_url = sqlite.new()

@@ -403,6 +403,8 @@ class Feed:
                 late, before = tuple(self._listeners.keys() - frozenset(wanted)), since
                 self._stale = self._stale or bool(late)
         except PerdureError as error:
+            if late:  # what they were to be told of is behind what was seen
+                self._seen = min(self._seen, before)
             self._end_readers(error)
             # Owners still have to learn of cancellations, and who comes later may have more luck.
             self._unheard = True
