@@ -6,12 +6,16 @@ What is lost with a process that dies in between is found by a slow look.
 
 Behind a proxy that pools transactions LISTEN succeeds and nothing is ever delivered. So the first
 thing a listener does is to notify itself; where that doesn't come back, it polls.
+
+Without any connection it has whoever follows the log look now and then. Workers look by themselves
+while nothing is heard, so they are told when that begins.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -27,6 +31,9 @@ POLL_SECONDS: Final = 0.015
 IDLE_SECONDS: Final = 0.05
 # For what was never announced, as long as somebody follows the log.
 SLOW_SECONDS: Final = 2.0
+# Before a lost connection is opened anew, and, growing, again where that one doesn't last.
+FIRST_PAUSE_SECONDS: Final = 0.1
+LONGEST_PAUSE_SECONDS: Final = 5.0
 _PROBE: Final = "probe"
 
 
@@ -62,18 +69,34 @@ class Listener:
 
     async def run(self) -> None:
         """Listen until cancelled, on a new connection whenever one is lost."""
-        pause = 0.1
+        now = asyncio.get_running_loop().time
+        pause = FIRST_PAUSE_SECONDS
         while True:
+            heard, began = False, math.inf
             with contextlib.suppress(psycopg.Error, OSError):
                 connection = await self._connect()
-                pause = 0.1
+                began = now()
                 try:
                     await self._listen(connection)
                 finally:
-                    self.hears = False
+                    heard, self.hears = self.hears, False
                     await connection.close()
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 5.0)
+            if heard:  # nobody will wake a worker that counts on being told
+                self._on_news(News())
+            # Not after each connection: those that are cut at once would be opened all the time.
+            if now() - began > LONGEST_PAUSE_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            await self._wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    async def _wait(self, seconds: float) -> None:
+        """Let time pass without a connection; whoever follows the log looks meanwhile."""
+        while seconds > 0:
+            step = min(seconds, SLOW_SECONDS)
+            await asyncio.sleep(step)
+            seconds -= step
+            if self._active():
+                self._on_news(News(work=False))
 
     async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
         connection.add_notify_handler(lambda notify: self._understand(notify.payload))
