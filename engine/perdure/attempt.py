@@ -32,11 +32,9 @@ from perdure.containment import (
 )
 from perdure.errors import (
     ConcurrencyError,
-    EngineClosed,
     InvalidConfig,
     OutputInvalid,
     PlatformError,
-    StoreError,
     StreamTruncated,
     TimeLimitExceeded,
 )
@@ -189,8 +187,7 @@ class Attempt:
         self._closing = False
         self._accepted = claimed.state.accepted
         self._since_turn = 0  # events on the way, since the loop last had a turn for them
-        self._failure: Exception | None = None
-        self._refused: Exception | None = None  # what the log said to the one who reads
+        self._failure: Exception | None = None  # the log's, which `run` raises
 
     def stop(self, why: Stop) -> None:
         """Ask the attempt to end; the first reason counts."""
@@ -305,11 +302,7 @@ class Attempt:
         if isinstance(event, Accepted):
             self._accepted = event
             if event.reattachable:  # what a crash must not lose is written before going on
-                try:
-                    await _uninterrupted(asyncio.ensure_future(self._append(event)))
-                except (StoreError, EngineClosed) as error:
-                    self._refused = error
-                    raise
+                await _uninterrupted(asyncio.ensure_future(self._append(event)))
                 return
         self._gathered.add(event)
         self._note_news()
@@ -335,8 +328,7 @@ class Attempt:
             news.clear()
             try:
                 await self._append()
-            except Exception as error:  # noqa: BLE001 - `run` raises it
-                self._failure = error
+            except Exception:  # noqa: BLE001 - it is noted, and `run` raises it
                 self.stop(Stop.BROKEN)
                 return
             began = self._text_came
@@ -376,7 +368,9 @@ class Attempt:
                     if self._room is not None:
                         self._room.set()
                     return True
-            except (StoreError, EngineClosed):
+            except Exception as error:
+                # Noted here, whoever waits: where that is cut short, the error gets nowhere else.
+                self._failure = self._failure or error
                 self._over = True  # what was taken is lost, so nothing may follow it
                 raise
             return False
@@ -470,8 +464,8 @@ class Attempt:
             await self._append()
             async with self._appending:
                 await self._look_again()  # for what there is to go on from
-        except (StoreError, EngineClosed) as error:
-            self._failure = error
+        except Exception as error:  # noqa: BLE001 - `run` raises it
+            self._failure = self._failure or error
         await self._end(back)
 
     async def _stop_platform(self) -> None:
@@ -498,8 +492,6 @@ class Attempt:
             except Unchecked:
                 self._usage = end.usage or self._usage
                 await self._break_off()
-            except (StoreError, EngineClosed) as failure:
-                self._failure = failure
             except PlatformError as invalid:
                 self._usage = end.usage or self._usage
                 invalid.response_over = True  # the platform is done with it
@@ -508,9 +500,8 @@ class Attempt:
                 await self._complete(end)
         elif isinstance(error, PlatformError):
             await self._fail(admit_error(error))
-        elif error is not None and error is self._refused:
-            # The log's own. Of the same type an adapter can raise what another engine told it.
-            self._failure = self._refused
+        elif error is self._failure:
+            pass  # the log's own; of the same type an adapter can raise what another engine told it
         elif error is not None:
             _log.error("the adapter %r failed", self._state.platform, exc_info=error)
             await self._fail(AdapterFault(f"the adapter failed: {described(error)}"))
@@ -592,8 +583,7 @@ class Attempt:
     async def _end(self, decide: Callable[[TaskState], Sequence[Event]]) -> bool:
         try:
             return await self._append_decided(decide, ending=True)
-        except (StoreError, EngineClosed) as error:
-            self._failure = error
+        except Exception:  # noqa: BLE001 - it is noted, and `run` raises it
             return False
 
     def _spent(self) -> Spent:
@@ -646,6 +636,7 @@ async def _uninterrupted(work: asyncio.Future[Any]) -> Any:  # noqa: ANN401
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        if not work.done():
-            await asyncio.wait({work})
+        await asyncio.wait({work})
+        if not work.cancelled():
+            work.exception()  # it was seen to where it was raised
         raise
