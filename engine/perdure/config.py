@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from perdure.errors import InvalidConfig
+from perdure.namedfile import read_file
 
 __all__ = ["Config", "load_config", "parse_config"]
 
 NAME: Final = "perdure.toml"
+MOST_BYTES: Final = 2**20
 _FIELDS: Final = ("database", "platform", "platforms")
 
 
@@ -64,7 +66,8 @@ def load_config() -> Config:
     if path is None:
         return Config()
     try:
-        text = path.read_text(encoding="utf-8")
+        # An empty device is an empty configuration, and a pipe is one as well.
+        text = read_file(path, MOST_BYTES, regular=False).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise InvalidConfig(f"can't read {path}: {what}") from None

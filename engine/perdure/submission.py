@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from perdure.errors import ConcurrencyError, DuplicateKey, InvalidTask
 from perdure.events import Submitted
 from perdure.ids import generate_task_id
+from perdure.namedfile import read_file
 from perdure.platforms import Platforms
 from perdure.store.content import digest_of, separate
 from perdure.store.transaction import Transaction
@@ -97,12 +98,7 @@ def prepare(task: Task, platforms: Platforms, default_platform: str | None) -> P
 
 def _attach(path: Path) -> tuple[Attachment, bytes]:
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE:
-            raise InvalidTask(
-                f"files: {path} has {size / 2**20:.1f} MB; the limit is {MAX_FILE // 2**20} MB"
-            )
-        data = path.read_bytes()
+        data = read_file(path, MAX_FILE)
     except OSError as error:
         raise InvalidTask(f"files: can't read {path}: {error.strerror}") from None
     media_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"

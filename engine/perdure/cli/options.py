@@ -10,9 +10,12 @@ from typing import Annotated, Any, Final, TypeAlias
 
 import typer
 
+from perdure.namedfile import read_file
+
 __all__ = ["BatchOption", "ConcurrencyOption", "TaskOptions", "key_values"]
 
 _PANEL: Final = "The task"
+_MOST_BYTES: Final = 32 * 2**20
 
 BatchOption: TypeAlias = Annotated[
     str | None, typer.Option("--batch", "-b", metavar="NAME", help="All of this batch.")
@@ -235,7 +238,7 @@ def _json_file(path: Path | None, option: str) -> Any:  # noqa: ANN401 - what JS
     if path is None:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_file(path, _MOST_BYTES).decode("utf-8"))
     except OSError as error:
         problem = f"can't read {path}: {error.strerror}"
     except ValueError as error:

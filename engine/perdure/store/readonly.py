@@ -26,6 +26,7 @@ from perdure.errors import (
     PerdureError,
     StoreError,
 )
+from perdure.namedfile import other_than_file
 
 __all__ = [
     "APPLICATION_ID",
@@ -292,14 +293,14 @@ def on_server(url: str | os.PathLike[str]) -> bool:
 
 
 def refuse_missing(path: Path) -> None:
-    """Raise `DatabaseUnavailable` where there is no file at ``path``."""
-    if path.is_dir():
-        raise DatabaseUnavailable(f"{path} is a directory: give the path of a file")
+    """Raise `DatabaseUnavailable` where there is no file at ``path``, or no regular one."""
     if not path.exists():
         raise DatabaseUnavailable(
             f"there is no database at {path}: name one with --db or PERDURE_DB, "
             "or run a task to create it"
         )
+    if (other := other_than_file(path.stat())) is not None:  # a pipe has no end
+        raise DatabaseUnavailable(f"{path} is {other}: give the path of a file")
 
 
 def open_read_only(path: Path) -> sqlite3.Connection:

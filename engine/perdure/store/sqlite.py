@@ -94,9 +94,10 @@ class Sqlite(Dialect):
 
     def _touch(self, *, create: bool) -> None:
         """Create the file, readable by its owner only, where it is missing."""
-        if not create or self.path.is_dir():
+        there = self.path.exists()
+        if there or not create:
             refuse_missing(self.path)
-        if self.path.exists():
+        if there:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
