@@ -27,6 +27,7 @@ from perdure.errors import (
     RunningLoop,
     TaskArchived,
     TaskNotFound,
+    TasksUnreadable,
 )
 from perdure.events import Archived, Cancelled, CancelRequested, Chunk, RecordedEvent, Running
 from perdure.lifecycle import TaskState
@@ -50,6 +51,7 @@ from perdure.store.transaction import Transaction
 from perdure.streaming import TextChunk
 from perdure.submission import Prepared, Submission, check_is_task, prepare, submit
 from perdure.task import Result, Task, TaskStatus
+from perdure.text import clean_text
 from perdure.worker import Worker, WorkerSettings
 
 __all__ = ["Engine", "default_database", "execute", "whoami"]
@@ -94,7 +96,7 @@ class Engine:
         self.log = EventLog(database)
         self.worker = Worker(database, self.log, platforms, scope=scope, settings=settings)
         self._records = Records(database)
-        self._run = run
+        self._runs = run  # in the background; else only when asked to, until all is done
         self._create = create
         self._default_platform = default_platform
         self._working: asyncio.Task[None] | None = None
@@ -173,8 +175,8 @@ class Engine:
         except BaseException:  # nobody else would end the writer that may have begun
             await self.close()
             raise
-        if self._run:
-            self.start_running()
+        if self._runs:
+            self._start_worker()
         return self
 
     async def __aexit__(
@@ -187,11 +189,20 @@ class Engine:
         await self.close()
 
     def start_running(self) -> None:
-        """Run tasks in the background from now on."""
+        """Run tasks in the background from now on, until `stop_running`."""
+        self._require_open()
+        self._runs = True
+        self._start_worker()
+
+    def _start_worker(self, *, until_done: bool = False) -> asyncio.Task[None]:
+        """Have the worker run, if it doesn't already."""
         if self._working is None or self._working.done():
             self.log.feed.resume()
-            self._working = asyncio.create_task(self.worker.run())
+            self._working = asyncio.create_task(self.worker.run(until_done=until_done))
             self._working.add_done_callback(self._worker_ended)
+        elif until_done:
+            self.worker.stop_when_done()
+        return self._working
 
     def _worker_ended(self, working: asyncio.Task[None]) -> None:
         if working.cancelled():
@@ -204,6 +215,13 @@ class Engine:
             self.log.feed.suspend(
                 PerdureError(f"the worker failed: {type(error).__name__}: {error}")
             )
+        if (error is None or isinstance(error, TasksUnreadable)) and not self.worker.stopping:
+            self._go_on_in_background()
+
+    def _go_on_in_background(self) -> None:
+        """Run what comes after all was done, where that was asked for."""
+        if self._runs and self._closing is None:
+            self._start_worker()
 
     async def close(self) -> None:
         """Hand back what runs, write what is waiting, close everything. May be called again.
@@ -251,7 +269,7 @@ class Engine:
         if working is None or not working.done() or working.cancelled():
             return
         if isinstance(working.exception(), DatabaseUnavailable):
-            self.start_running()
+            self._start_worker()
 
     # -- the five lifecycle methods --------------------------------------------------------------
 
@@ -413,7 +431,7 @@ class Engine:
             nothing is written, when it had ended, was being cancelled already, or doesn't exist.
         """
         self._require_open()
-        by = by or whoami()
+        by, reason = _who_and_why(by, reason)
         left: list[tuple[str, str]] = []
 
         def cancel(tx: Transaction) -> bool:
@@ -528,9 +546,10 @@ class Engine:
             TaskArchived: Its content is in an archive, where it has to be redacted.
             InvalidTransition: It hasn't ended.
         """
-        who = by or whoami()
+        self._require_open()
+        who, why = _who_and_why(by, reason)
         return await self.log.write(
-            lambda tx: redact(tx, task_id, who, reason), (task_id,), alone=True
+            lambda tx: redact(tx, task_id, who, why), (task_id,), alone=True
         )
 
     async def archive_tasks(
@@ -555,33 +574,52 @@ class Engine:
             PerdureError: There can be no archive at that place, or it has the name of another one.
             StoreError: A database can't do its part; what wasn't moved by then is as it was.
         """
-        return await archive(
-            self.log, self.database, before, Path(file), by=by or whoami(), stages=stages
-        )
+        self._require_open()
+        who, _why = _who_and_why(by, None)
+        return await archive(self.log, self.database, before, Path(file), by=who, stages=stages)
 
     async def recover_lost(self) -> int:
         """Take over what lost workers had; returns how many tasks that were.
 
         Workers do so by themselves, now and then; this doesn't wait for one, and runs nothing.
         """
+        self._require_open()
         return await self.worker.recover_lost()
 
     async def run_until_done(self) -> None:
-        """Run the scope's tasks until none is pending or running, in any process."""
-        self.worker.stop_when_done()
-        self.start_running()
-        if self._working is not None:
-            await asyncio.wait({self._working})
-            self._working.result()
+        """Run the scope's tasks until none is pending or running, in any process.
+
+        An engine that runs tasks in the background goes on with what comes later.
+
+        Raises:
+            TasksUnreadable: All is done, but for some tasks that this perdure can't read.
+            StoreError: The database can't do its part any more.
+        """
+        self._require_open()
+        working = self._start_worker(until_done=True)
+        await asyncio.wait({working})
+        working.result()
 
     async def stop_running(self, why: Stop = Stop.HAND_BACK) -> None:
-        """Stop what runs here: handed back, or cancelled with its partial output kept."""
+        """Stop what runs here: handed back, or cancelled with its partial output kept.
+
+        Nothing new is begun until `start_running` or `run_until_done`.
+        """
+        self._require_open()
+        self._runs = False
         await self.worker.cancel_running(why)
+        if self._working is not None:
+            await asyncio.wait({self._working})
 
 
 def _check_is(name: str, given: object, kind: type) -> None:
     if given is not None and not isinstance(given, kind):
         raise InvalidConfig(f"{name}: give a {kind.__name__}, not {given!r:.80}")
+
+
+def _who_and_why(by: str | None, reason: str | None) -> tuple[str, str | None]:
+    """Return what goes into the log: nobody's name or reason keeps a task from being cancelled."""
+    return clean_text(by or whoami()), None if reason is None else clean_text(reason)
 
 
 def _left_running(state: TaskState) -> list[tuple[str, str]]:
@@ -603,7 +641,7 @@ def execute(
 
     Args:
         task: What to do.
-        url: The database; default: `PERDURE_DB`, or one per user.
+        url: The database; default: `PERDURE_DB`, or what `perdure.toml` says, or one per user.
         adapters: Exactly these platforms; None takes the ones that are installed.
         timeout: Seconds to wait at most; None waits without limit.
 

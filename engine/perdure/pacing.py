@@ -69,9 +69,11 @@ class Pace:
         """Another process has left work, and all workers were told at this moment."""
         self._told_with_all = True
 
-    def note_look(self, due: datetime | None) -> None:
+    def note_look(self, due: datetime | None, now: datetime) -> None:
         """Remember when the next task that waits is due; None where none waits."""
         self._look = _Look(due)
+        if not self.is_due(now):  # what was being taken has been taken
+            self._in_vain = False
 
     def forget_look(self) -> None:
         """Time has passed, or there was news: it is not known any more what waits."""
@@ -79,10 +81,9 @@ class Pace:
 
     # -- claiming --------------------------------------------------------------------------------
 
-    def is_worth_claiming(self, due: datetime | None, now: datetime) -> bool:
-        """Whether to claim, where a look has found that the next task that waits is due then."""
-        self.note_look(due)
-        self._in_vain = False
+    def is_due(self, now: datetime) -> bool:
+        """Whether something that waits is due, by the last look."""
+        due = None if self._look is None else self._look.due
         return due is not None and due <= now
 
     def begin_claim(self) -> None:

@@ -11,18 +11,20 @@ import contextlib
 import logging
 import math
 import secrets
-from collections.abc import Container
+from collections.abc import Container, Coroutine
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from perdure.attempt import Attempt, Stop, Timing
 from perdure.calls import make_call
 from perdure.checking import Checker
+from perdure.containment import admit_error
 from perdure.errors import (
     ConcurrencyError,
     DatabaseIncompatible,
+    DatabaseUnavailable,
     EngineClosed,
     InvalidConfig,
     PerdureError,
@@ -87,6 +89,26 @@ class WorkerSettings:
             )
 
 
+@dataclass(slots=True)
+class _Run:
+    """What is asked of a worker from one call of `run` to its end, and what came of it.
+
+    Attributes:
+        stopping: It is to begin nothing new.
+        until_done: It is to end as soon as nothing is left to do.
+        stop: Why attempts end as soon as they begin, where they do.
+        failure: What ends it.
+        in_progress: It has begun, and not come to its end: if it never does, something may have
+            been left running.
+    """
+
+    stopping: bool = False
+    until_done: bool = False
+    stop: Stop | None = None
+    failure: PerdureError | None = None
+    in_progress: bool = False
+
+
 def _new_worker_id() -> str:
     return f"worker_{secrets.token_hex(6)}"
 
@@ -112,20 +134,17 @@ class Worker:
         self._database = database
         self._log = log
         self._platforms = platforms
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self._attempts: dict[str, Attempt] = {}
+        # The last attempt at a task may still be closing its stream while the next one runs.
+        self._running: dict[asyncio.Task[None], str] = {}
+        self._attempts: set[Attempt] = set()
         self._checker = Checker()
         self._wake = asyncio.Event()
         self._pace = Pace(self.settings.poll_seconds, self.settings.lease_seconds)
         self._expires = math.inf  # when, by the loop's clock, the next lease is over if not renewed
         self._claimed = asyncio.Event()
         self._claiming = asyncio.Lock()
-        self._stopping = False
-        self._until_done = False
-        self._stop_all: Stop | None = None
+        self._run = _Run()
         self._registered = False
-        self._failure: PerdureError | None = None
-        self._broken_off = False  # by an error, so that something may have been left running
 
     # -- the face --------------------------------------------------------------------------------
 
@@ -136,7 +155,9 @@ class Worker:
         Where it names tasks, they leave it some time after they have ended. Those that turn out to
         be unreadable are excluded.
         """
-        platforms = self._scope.platforms or self._platforms.names
+        platforms = self._platforms.names
+        if self._scope.platforms is not None:
+            platforms = tuple(name for name in self._scope.platforms if name in platforms)
         named = None if self._named is None else self._named.task_ids
         excluded = self._scope.excluded | self._unreadable.task_ids
         return Scope(platforms, self._scope.batch, named, excluded)
@@ -144,7 +165,12 @@ class Worker:
     @property
     def running(self) -> tuple[str, ...]:
         """The tasks whose attempts run here now."""
-        return tuple(self._running)
+        return tuple(dict.fromkeys(self._running.values()))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to begin nothing new, since `run` was called last."""
+        return self._run.stopping
 
     @property
     def named(self) -> Container[str]:
@@ -167,16 +193,18 @@ class Worker:
 
     def stop_claiming(self) -> None:
         """Begin nothing new; what runs may finish."""
-        self._stopping = True
+        self._run.stopping = True
         self._wake.set()
 
     def stop_when_done(self) -> None:
         """End as soon as nothing in the scope is pending or running, in any process."""
-        self._until_done = True
+        self._run.until_done = True
         self._wake.set()
 
-    async def run(self, *, until_done: bool = False) -> None:
+    def run(self, *, until_done: bool = False) -> Coroutine[Any, Any, None]:
         """Run tasks until `stop_claiming`, and then until what runs has ended.
+
+        What it was asked before this was called, as to stop, it was asked for an earlier time.
 
         Args:
             until_done: As `stop_when_done`, from the beginning.
@@ -186,10 +214,13 @@ class Worker:
                 this perdure can't read.
             StoreError: The database can't do its part any more.
         """
-        self._until_done = self._until_done or until_done
-        if self._broken_off:
+        last, self._run = self._run, _Run(until_done=until_done)
+        return self._run_through(self._run, start_over=last.in_progress)
+
+    async def _run_through(self, run: _Run, *, start_over: bool) -> None:
+        if start_over:
             await self._start_over()
-        self._broken_off = True  # unless it comes to its end
+        run.in_progress = True
         if not self._registered:
             self._registered = True
             await self._log.write(lambda tx: liveness.register_worker(tx, self.worker_id))
@@ -197,42 +228,54 @@ class Worker:
         await self.recover_lost()
         beating = asyncio.create_task(self._beat())
         try:
-            while not self._stopping and self._failure is None:
-                self._wake.clear()
-                began = await self._begin_due()
-                idle = not began and not self._running
-                if idle and self._until_done and await self._nothing_left():
-                    await self._check_all_were_read()
-                    break
-                if not (began and self._pace.maybe_due) or not self._has_room:
-                    await self._sleep()
-            if self._running:
-                await asyncio.wait(set(self._running.values()))
+            try:
+                await self._claim_until_stopped(run)
+            except Exception as error:  # noqa: BLE001 - raised below
+                self._fail("the worker failed", error)
+            if self._running:  # which needs signs of life, whatever happened
+                await asyncio.wait(set(self._running))
         finally:
             beating.cancel()
             await asyncio.wait({beating})
-        if self._failure is not None:
-            raise self._failure
-        self._broken_off = False
+        if run.failure is not None:
+            raise run.failure
+        run.in_progress = False
+
+    async def _claim_until_stopped(self, run: _Run) -> None:
+        """Begin what is due, again and again."""
+        while not run.stopping and run.failure is None:
+            self._wake.clear()
+            try:
+                began = await self._begin_due()
+                idle = not began and not self._running
+                if idle and run.until_done and await self._nothing_left():
+                    await self._check_all_were_read()
+                    return
+                if not (began and self._pace.maybe_due) or not self._has_room:
+                    await self._sleep()
+            except DatabaseUnavailable:
+                if not self._running:
+                    raise
+                # What runs goes on anyway, and by its end the database may be back.
+                await self._woken(self.settings.poll_seconds)
 
     async def _start_over(self) -> None:
         """Take another name: what was running under the old one is lost, to be recovered."""
         if self._running:
-            await asyncio.wait(set(self._running.values()))
+            await asyncio.wait(set(self._running))
         await self._log.write(lambda tx: liveness.forget_worker(tx, self.worker_id))
         self.worker_id = _new_worker_id()
         self._registered = False
-        self._failure = None
 
     async def cancel_running(self, why: Stop = Stop.HAND_BACK) -> None:
         """Stop what runs here: hand it back to be run later, or write it down as cancelled."""
         self.stop_claiming()
-        self._stop_all = why
-        for attempt in tuple(self._attempts.values()):
+        self._run.stop = why
+        for attempt in tuple(self._attempts):
             attempt.stop(why)
         async with self._claiming:  # what is being claimed is known after that
             pass
-        running = set(self._running.values())
+        running = set(self._running)
         if running:
             await asyncio.wait(running)
 
@@ -260,11 +303,11 @@ class Worker:
         scope = self.scope
         looked_first = not self._pace.maybe_due
         began = asyncio.get_running_loop().time()
-        if looked_first and not self._pace.is_worth_claiming(
-            await self._look(), self._database.now
-        ):
-            return 0
-        if self._stopping:
+        if looked_first:
+            await self._look()
+            if not self._pace.is_due(self._database.now):
+                return 0
+        if self._run.stopping:
             return 0
         self._pace.begin_claim()
         models = self._platforms.default_models()
@@ -283,13 +326,12 @@ class Worker:
             self._claimed.set()
         for one in claimed:
             running = asyncio.create_task(self._carry_out(one, head))
-            self._running[one.task_id] = running
-            running.add_done_callback(partial(self._ended, one.task_id))
+            self._running[running] = one.task_id
+            running.add_done_callback(self._ended)
         return len(claimed)
 
-    def _ended(self, task_id: str, running: asyncio.Task[None]) -> None:
-        self._running.pop(task_id, None)
-        self._attempts.pop(task_id, None)
+    def _ended(self, running: asyncio.Task[None]) -> None:
+        task_id = self._running.pop(running)
         if self._named is not None:
             self._named.note_change(task_id)
         self._wake.set()
@@ -306,13 +348,13 @@ class Worker:
         if not isinstance(error, PerdureError):
             _logger.error("%s", what, exc_info=error)
             error = StoreError(f"{what}: {type(error).__name__}: {error}")
-        self._failure = self._failure or error
+        self._run.failure = self._run.failure or error
         self._wake.set()
 
     @property
     def _hears_of_all(self) -> bool:
         """Whether this worker is told of everything that it waits for."""
-        return self._log.hears and not self._until_done  # nobody tells of the last task's end
+        return self._log.hears and not self._run.until_done  # nobody tells of the last task's end
 
     @property
     def _idle(self) -> bool:
@@ -338,7 +380,7 @@ class Worker:
         if self._has_room and not self._pace.has_looked:
             # What was just claimed is served first; news within that time make it look anyway.
             if not await self._woken(CALM_SECONDS):
-                self._pace.note_look(await self._look())
+                await self._look()
                 await self._woken(self._patience())
         else:
             await self._woken(self._patience())
@@ -353,9 +395,10 @@ class Worker:
                 return await self._wake.wait()
         return False
 
-    async def _look(self) -> datetime | None:
-        """Return when the next task that waits is due; None where none waits."""
-        return await claims.next_due(self._database, self.scope)
+    async def _look(self) -> None:
+        """See when the next task that waits is due."""
+        due = await claims.next_due(self._database, self.scope)
+        self._pace.note_look(due, self._database.now)
 
     async def _nothing_left(self) -> bool:
         return await claims.unfinished(self._database, self.scope) == 0
@@ -389,20 +432,22 @@ class Worker:
             timing=self.settings.timing,
             checker=self._checker,
         )
-        self._attempts[claimed.task_id] = attempt
-        if self._stop_all is not None:  # asked for while the task was being put together
-            attempt.stop(self._stop_all)
+        self._attempts.add(attempt)
+        if self._run.stop is not None:  # asked for while the task was being put together
+            attempt.stop(self._run.stop)
         try:
             await attempt.run()
         except asyncio.CancelledError:  # not by us, who ask attempts to end: else it ran for ever
             await self._recover(claimed)
             raise
+        finally:
+            self._attempts.discard(attempt)
 
     async def _fail_unstarted(self, claimed: Claimed, error: PlatformError) -> None:
         """Write down that the platform couldn't even be asked."""
         event = after_failure(
             claimed.state,
-            error,
+            admit_error(error),
             max_attempts=1,
             policy=self.settings.retry,
             now=self._database.now,
@@ -430,13 +475,15 @@ class Worker:
             try:
                 await self._show_itself()
             except Exception as error:  # noqa: BLE001 - `run` raises it
-                # Without signs of life its tasks would be taken from it while it goes on.
                 self._fail("the worker could not show that it is alive", error)
-                return
+                if not self._running:
+                    return
+                # Without signs of life its tasks would be taken from it while it goes on.
+                self._expires = math.inf
 
     async def _show_itself(self) -> None:
-        # What is there to be claimed as well: a notification can get lost.
-        scope = self.scope if self._idle else None
+        # What is there to be claimed as well: a notification can get lost, or who listens for it.
+        scope = None if self._running else self.scope
 
         def show(tx: Transaction) -> tuple[Census, datetime | None]:
             census = liveness.beat_and_look(tx, self.worker_id, self._lease)

@@ -72,6 +72,25 @@ def assert_cancelled(db: Path, result: Result, text: str | None = None) -> None:
 # -- when ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("run", [False, True])
+async def test_a_reason_that_can_not_be_stored_keeps_nothing_from_being_cancelled(
+    db: Path, *, run: bool
+) -> None:
+    """What can't be is replaced, as in what platforms send; whether it waits or runs."""
+    hold = Hold()
+    async with engine_on(db, ScriptedAdapter(hold, Completed()), run=run) as engine:
+        task_id = await engine.submit_task(ASK)
+        if run:
+            await hold.reached.wait()
+        assert await engine.cancel_task(task_id, "no\udcff need\x00", by="m\udce9")
+        await engine.get_result(task_id, 30)
+        await engine.redact_task(task_id, "for\udcff good", by="m\udce9")
+    data = dict(stored_events(db, task_id))
+    cancelled = data["cancel_requested" if run else "cancelled"]
+    assert (cancelled["by"], cancelled["reason"]) == ("m\ufffd", "no\ufffd need\ufffd")
+    assert (data["redacted"]["by"], data["redacted"]["reason"]) == ("m\ufffd", "for\ufffd good")
+
+
 async def test_before_it_starts(db: Path) -> None:
     """A task that waits ends at once, and its platform is never asked."""
     async with engine_on(db, run=False) as engine:

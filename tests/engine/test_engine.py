@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -978,7 +978,7 @@ async def test_a_platform_that_is_faster_than_the_disk_has_to_wait(
         yield Completed()
 
     def written() -> int:
-        (attempt,) = engine.worker._attempts.values()
+        (attempt,) = engine.worker._attempts
         return attempt._gathered.length()
 
     async with engine_on(db, Wrong(flood)) as engine:
@@ -1268,13 +1268,34 @@ async def test_an_engine_whose_opening_is_cancelled_leaves_nothing(db: Path) -> 
         assert writers() == before, turns
 
 
-async def test_an_engine_that_was_not_entered_says_so(db: Path) -> None:
-    """It tells how to use it, and not what the database lacks."""
-    engine = engine_on(db)
-    with pytest.raises(EngineClosed, match="async with"):
-        await engine.submit_task(ASK)
-    with pytest.raises(EngineClosed, match="async with"):
-        await engine.get_status("demo_20260101_00000000")
+async def test_an_engine_that_was_not_entered_says_so(db: Path, tmp_path: Path) -> None:
+    """It tells how to use it, and not what the database lacks; and makes no file of its own."""
+    engine = engine_on(db, run=False)
+    task_id = "demo_20260101_00000000"
+    calls: list[Callable[[], Any]] = [
+        lambda: engine.submit_task(ASK),
+        lambda: engine.get_status(task_id),
+        lambda: engine.cancel_task(task_id),
+        lambda: engine.redact_task(task_id),
+        lambda: engine.archive_tasks(datetime.now(UTC), tmp_path / "archive.db"),
+        engine.recover_lost,
+        engine.run_until_done,
+        engine.stop_running,
+    ]
+
+    async def all_say(what: str) -> None:
+        for call in calls:
+            with pytest.raises(EngineClosed, match=what):
+                await call()
+        with pytest.raises(EngineClosed, match=what):
+            engine.start_running()
+
+    before = [(file.name, file.stat().st_size) for file in tmp_path.iterdir()]
+    await all_say("async with")
+    assert [(file.name, file.stat().st_size) for file in tmp_path.iterdir()] == before
+    async with engine:
+        pass
+    await all_say("was closed")
 
 
 async def test_an_engine_belongs_to_one_event_loop(db: Path) -> None:

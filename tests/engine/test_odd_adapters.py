@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import warnings
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -13,6 +15,7 @@ from typing import Any, ClassVar, Final
 
 import pytest
 from harness import FAST, assert_sound, eventually, stored_events
+from sqlalchemy.exc import SAWarning
 
 from perdure import Engine, InvalidConfig, Result, Task, TaskStatus
 from perdure.adapter import Call
@@ -319,6 +322,11 @@ def test_what_ends_a_program_ends_it(db: Path, error: BaseException, where: str)
 
     with pytest.raises(type(error)):
         asyncio.run(main())
+    # Whoever tears an event loop down cancels what nobody else would: a reading connection is left
+    # then, and SQLAlchemy says so once it is gone.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SAWarning)
+        gc.collect()
 
 
 async def test_an_attempt_that_somebody_cancels_is_lost_not_stuck(db: Path) -> None:
@@ -407,3 +415,24 @@ def test_a_default_model_of_an_enum_is_its_value() -> None:
     adapter = ScriptedAdapter(default_model=Model.SMALL)
     (model,) = Platforms([adapter]).default_models().values()
     assert (type(model), model) == (str, "small-1")
+
+
+async def test_an_error_that_was_never_made_right_by_what_makes_an_adapter(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A platform that can't even be asked: the task fails with the fault's name, others run."""
+    get = Platforms.get
+
+    def made_wrongly(platforms: Platforms, name: str) -> Any:
+        if name == "scripted":
+            raise Baseless
+        return get(platforms, name)
+
+    adapters = [ScriptedAdapter(), ScriptedAdapter("fine", Completed(), platform="good")]
+    async with Engine.open(db, adapters=adapters, settings=FAST) as engine:
+        monkeypatch.setattr(Platforms, "get", made_wrongly)
+        result = await engine.get_result(await engine.submit_task(ASK), 30)
+        assert (result.status, result.error_class) == (TaskStatus.FAILED, "AdapterFault")
+        assert "Baseless" in (result.error or "")
+        assert (await engine.get_result(await engine.submit_task(GOOD), 30)).output == "fine"
+    assert_sound(db)

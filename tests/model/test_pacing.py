@@ -61,12 +61,13 @@ class TestLookingBeforeClaiming:
         self, pace: Pace, found: datetime | None, *, worth_it: bool
     ) -> None:
         """Something has to wait, and to be due by now."""
-        assert pace.is_worth_claiming(found, NOW) is worth_it
+        pace.note_look(found, NOW)
         assert pace.has_looked
+        assert pace.is_due(NOW) is worth_it
 
     def test_a_claim_makes_a_look_old(self, pace: Pace) -> None:
         """What the look has found is taken."""
-        pace.note_look(due(5))
+        pace.note_look(due(5), NOW)
         pace.begin_claim()
         assert not pace.has_looked
 
@@ -82,43 +83,43 @@ class TestPatience:
         self, pace: Pace, *, hears: bool, running: bool, wait: float | None
     ) -> None:
         """Who hears of all looks when a notification may have got lost, if at all."""
-        pace.note_look(None)
+        pace.note_look(None, NOW)
         assert pace.patience(NOW, room=True, running=running, hears=hears) == wait
 
     @pytest.mark.parametrize(("left", "wait"), [(-3, 0.0), (0.2, 0.2), (7, POLL)])
     def test_until_the_next_task_is_due(self, pace: Pace, left: float, wait: float) -> None:
         """It looks when that is due, or earlier where nobody tells of work."""
-        pace.note_look(due(left))
+        pace.note_look(due(left), NOW)
         assert pace.patience(NOW, room=True, running=False, hears=False) == wait
 
     def test_who_is_told_of_all_waits_for_what_is_due_later(self, pace: Pace) -> None:
         """Nobody tells that a moment has come."""
-        pace.note_look(due(7))
+        pace.note_look(due(7), NOW)
         assert pace.patience(NOW, room=True, running=False, hears=True) == 7
 
     def test_what_is_due_does_not_matter_without_room(self, pace: Pace) -> None:
         """It could not begin it."""
-        pace.note_look(due(-3))
+        pace.note_look(due(-3), NOW)
         assert pace.patience(NOW, room=False, running=True, hears=True) == LEASE
 
     def test_what_has_been_taken_is_left_some_time_to_be_committed(self, pace: Pace) -> None:
         """Else it asked for the write lock as fast as it can."""
-        assert pace.is_worth_claiming(due(-3), NOW)
+        pace.note_look(due(-3), NOW)
         claim(pace, 0)
-        pace.note_look(due(-3))
+        pace.note_look(due(-3), NOW)
         wait = pace.patience(NOW, room=True, running=False, hears=False)
         assert wait == IN_VAIN_SECONDS
 
     def test_a_claim_without_a_look_was_not_in_vain(self, pace: Pace) -> None:
         """Nothing has promised that there is something."""
         claim(pace, 0, looked_first=False)
-        pace.note_look(due(-3))
+        pace.note_look(due(-3), NOW)
         assert pace.patience(NOW, room=True, running=False, hears=False) == 0
 
     def test_a_look_that_finds_nothing_due_ends_that(self, pace: Pace) -> None:
         """What was being taken has been taken."""
         claim(pace, 0)
-        assert not pace.is_worth_claiming(due(0.01), NOW)
+        pace.note_look(due(0.01), NOW)
         wait = pace.patience(NOW, room=True, running=False, hears=False)
         assert wait == pytest.approx(0.01)
 
