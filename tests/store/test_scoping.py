@@ -6,7 +6,7 @@ import pytest
 
 from perdure.events import Cancelled
 from perdure.store.scoping import LOOK_UP_AT_LEAST, NamedTasks
-from store.backends import Store, opened
+from store.backends import Backend, Store, opened
 
 
 async def _end(store: Store, task_id: str) -> None:
@@ -41,6 +41,21 @@ async def test_what_others_end_is_forgotten(database_url: str) -> None:
             await _end(there, task_id)
         await named.forget_ended(here.database)
     assert named.task_ids == set()
+
+
+async def test_what_a_newer_perdure_calls_it_is_not_over(
+    backend: Backend, database_url: str
+) -> None:
+    """A status that isn't known here ends nothing."""
+    async with opened(database_url) as store:
+        ids = [f"task_{number}" for number in range(LOOK_UP_AT_LEAST)]
+        for task_id in ids:
+            await store.submit(task_id)
+        backend.change(database_url, "UPDATE tasks SET status = 'resting' WHERE stream_id = 1")
+        await _end(store, "task_1")
+        named = NamedTasks(ids)
+        await named.forget_ended(store.database)
+    assert named.task_ids == {*ids} - {"task_1"}
 
 
 @pytest.mark.parametrize("running", [10, 1000])

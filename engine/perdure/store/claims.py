@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from types import MappingProxyType
@@ -19,7 +18,7 @@ from perdure.store.direct import Statement, has_one_of, is_among
 from perdure.store.liveness import beat, forget_worker
 from perdure.store.projection import TaskFold
 from perdure.store.schema import blobs, events, streams, tasks
-from perdure.store.scoping import Unreadable
+from perdure.store.scoping import RULES, Scope, Unreadable
 from perdure.store.transaction import IN_LIMIT, Transaction, chunks_of
 from perdure.task import TaskStatus
 from perdure.unchecked import unchecked
@@ -37,45 +36,6 @@ __all__ = [
     "unfinished",
     "unfinished_ids",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """Which tasks a worker runs; everything that is None is no restriction.
-
-    Attributes:
-        platforms: Only these platforms' tasks.
-        batch: Only this batch's tasks.
-        task_ids: Only these tasks.
-        excluded: But not these tasks.
-    """
-
-    platforms: tuple[str, ...] | None = None
-    batch: str | None = None
-    task_ids: frozenset[str] | None = None
-    excluded: frozenset[str] = frozenset()
-
-    def conditions(self) -> list[sa.ColumnElement[bool]]:
-        """Return the scope as SQL."""
-        found: list[sa.ColumnElement[bool]] = []
-        if self.platforms is not None:
-            found.append(tasks.c.platform.in_(self.platforms))
-        if self.batch is not None:
-            found.append(tasks.c.batch == self.batch)
-        if self.task_ids is not None:
-            found.append(has_one_of(tasks.c.task_id, self.task_ids))
-        if self.excluded:
-            found.append(sa.not_(has_one_of(tasks.c.task_id, self.excluded)))
-        return found
-
-    def has(self, fold: TaskFold, asked: Submitted) -> bool:
-        """Return whether a task is of the scope."""
-        return (
-            (self.platforms is None or fold.state.platform in self.platforms)
-            and (self.batch is None or asked.task.get("batch") == self.batch)
-            and (self.task_ids is None or fold.task_id in self.task_ids)
-            and fold.task_id not in self.excluded
-        )
 
 
 class Claimed(NamedTuple):
@@ -153,59 +113,40 @@ def _priority(due: tuple[str, int]) -> int:
 
 def _due_at_once(tx: Transaction, scope: Scope) -> dict[str, tuple[int, Submitted]]:
     """Return what was submitted in this very transaction: task -> priority and first event."""
+    rules = scope.rules()
     return {
         fold.task_id: (asked.task.get("priority", 5), asked)
         for fold, asked in tx.begun()
         if fold.state.status is TaskStatus.PENDING
         and fold.state.available_at <= tx.at
-        and scope.has(fold, asked)
+        and all(rule.admits(values, fold, asked) for rule, values in rules)
     }
 
 
 def _due_tasks(tx: Transaction, scope: Scope, limit: int) -> list[tuple[str, int]]:
     """Return what was submitted before: task and priority, in the order of being served."""
-    given: dict[sa.Column[Any], str | Collection[str]] = {}
-    if scope.batch is not None:
-        given[tasks.c.batch] = scope.batch
-    if scope.platforms is not None:
-        given[tasks.c.platform] = scope.platforms
-    if scope.task_ids is not None:
-        given[tasks.c.task_id] = scope.task_ids
-    excluded = (scope.excluded,) if scope.excluded else ()
-    statement = _due(tuple(given), some_excluded=bool(excluded))
-    rows = statement.rows(tx.connection, tx.at, limit, *given.values(), *excluded)
+    rules = scope.rules()
+    statement = _due(tuple(rule.field for rule, _values in rules))
+    rows = statement.rows(tx.connection, tx.at, limit, *(values for _rule, values in rules))
     return [(task_id, priority) for task_id, priority in rows]
 
 
 @cache
-def _due(restricted: tuple[sa.Column[Any], ...], *, some_excluded: bool) -> Statement:
-    """Return the statement for what is due, where some columns have one of the values given.
-
-    The batch is only one, and equal to it: so its tasks are found in the order asked for.
-    """
-    conditions = [
-        column == sa.bindparam("of_batch")
-        if column is tasks.c.batch
-        else is_among(column, f"of_{column.name}", many=column is tasks.c.task_id)
-        for column in restricted
-    ]
-    names = [f"of_{column.name}" for column in restricted]
-    if some_excluded:
-        conditions.append(sa.not_(is_among(tasks.c.task_id, "excluded", many=True)))
-        names.append("excluded")
+def _due(fields: tuple[str, ...]) -> Statement:
+    """Return the statement for what is due in scopes in which these fields restrict something."""
     return Statement(
         sa.select(tasks.c.task_id, tasks.c.priority)
         .where(
             tasks.c.status == sa.literal_column("'pending'"),  # so that its index can be used
             tasks.c.available_at <= sa.bindparam("now", type_=tasks.c.available_at.type),
-            *conditions,
+            *(rule.condition_on_parameter() for rule in RULES if rule.field in fields),
         )
         .join(streams, streams.c.stream_id == tasks.c.stream_id)
         .order_by(tasks.c.priority, tasks.c.stream_id)
         .limit(sa.bindparam("most", type_=sa.Integer()))
         # The stream is what everyone locks first, before any row of `tasks`.
         .with_for_update(skip_locked=True, of=streams),
-        ("now", "most", *names),
+        ("now", "most", *fields),
     )
 
 

@@ -1,25 +1,126 @@
-"""What of its scope a worker still has to do: without what has ended, and what it can't read."""
+"""Which tasks are a worker's, and what of them it still has to do.
+
+That is without those that have ended, and those that it can't read.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
 from perdure.errors import DatabaseCorrupt, DatabaseIncompatible
-from perdure.events import ENDINGS
+from perdure.events import Submitted
 from perdure.store.database import Database
-from perdure.store.direct import has_one_of
+from perdure.store.direct import has_one_of, is_among
+from perdure.store.projection import TaskFold
 from perdure.store.schema import tasks
+from perdure.task import TaskStatus
 
-__all__ = ["NamedTasks", "Unreadable"]
+__all__ = ["RULES", "NamedTasks", "Rule", "Scope", "Unreadable"]
 
 # Not fewer are looked up at a time.
 LOOK_UP_AT_LEAST: Final = 32
+_ENDED: Final = frozenset(status for status in TaskStatus if status.ended)
 _logger: Final = logging.getLogger("perdure")
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which tasks a worker runs; everything that is None is no restriction.
+
+    Attributes:
+        platforms: Only these platforms' tasks.
+        batch: Only this batch's tasks.
+        task_ids: Only these tasks.
+        excluded: But not these tasks.
+    """
+
+    platforms: tuple[str, ...] | None = None
+    batch: str | None = None
+    task_ids: frozenset[str] | None = None
+    excluded: frozenset[str] = frozenset()
+
+    def conditions(self) -> list[sa.ColumnElement[bool]]:
+        """Return the scope as SQL."""
+        return [rule.condition(values) for rule, values in self.rules()]
+
+    def rules(self) -> list[tuple[Rule, Any]]:
+        """Return what restricts it, each with the field's value."""
+        given = [(rule, getattr(self, rule.field)) for rule in RULES]
+        return [
+            (rule, values)
+            for rule, values in given
+            if values is not None and (values or not rule.excludes)
+        ]
+
+
+class Rule(NamedTuple):
+    """What a field of a scope means: of rows, in SQL, and of a task that has no row as yet.
+
+    Attributes:
+        field: The field: its value is one, or several of which a task has to have one.
+        column: What of a task's row it is about.
+        value_of: Returns the same of a task without a row, from its fold and its first event.
+        single: It is one.
+        many: There may be thousands.
+        excludes: A task must have none of them.
+    """
+
+    field: str
+    column: sa.Column[Any]
+    value_of: Callable[[TaskFold, Submitted], object]
+    single: bool = False
+    many: bool = False
+    excludes: bool = False
+
+    def condition(self, values: Any) -> sa.ColumnElement[bool]:  # noqa: ANN401 - the field's
+        """Return the rule with its values as SQL."""
+        if self.single:
+            found: sa.ColumnElement[bool] = self.column == values
+        else:
+            found = has_one_of(self.column, values) if self.many else self.column.in_(values)
+        return sa.not_(found) if self.excludes else found
+
+    def condition_on_parameter(self) -> sa.ColumnElement[bool]:
+        """Return the rule as SQL that is the same for all values: a parameter, named as the field.
+
+        The batch is only one, and equal to it: so its tasks are found in the order asked for.
+        """
+        if self.single:
+            found: sa.ColumnElement[bool] = self.column == sa.bindparam(self.field)
+        else:
+            found = is_among(self.column, self.field, many=self.many)
+        return sa.not_(found) if self.excludes else found
+
+    def admits(self, values: Any, fold: TaskFold, asked: Submitted) -> bool:  # noqa: ANN401
+        """Return whether a task without a row goes by the rule."""
+        value = self.value_of(fold, asked)
+        return (value == values if self.single else value in values) is not self.excludes
+
+
+def _batch(_fold: TaskFold, asked: Submitted) -> object:
+    return asked.task.get("batch")
+
+
+def _platform(fold: TaskFold, _asked: Submitted) -> object:
+    return fold.state.platform
+
+
+def _task_id(fold: TaskFold, _asked: Submitted) -> object:
+    return fold.task_id
+
+
+RULES: Final = (
+    Rule("batch", tasks.c.batch, _batch, single=True),
+    Rule("platforms", tasks.c.platform, _platform),
+    Rule("task_ids", tasks.c.task_id, _task_id, many=True),
+    Rule("excluded", tasks.c.task_id, _task_id, many=True, excludes=True),
+)
 
 
 class NamedTasks:
@@ -70,7 +171,7 @@ class NamedTasks:
             )
         )
         # What nobody knows may yet be submitted.
-        self._open.difference_update(row["task_id"] for row in rows if row["status"] in ENDINGS)
+        self._open.difference_update(row["task_id"] for row in rows if row["status"] in _ENDED)
         self._known = None
 
 
