@@ -7,9 +7,10 @@ it is there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -48,6 +49,11 @@ __all__ = [
 ]
 
 _MAX_MESSAGE: Final = 500
+
+# How a body begins, blanks left out, that is an error object and no stream of chunks.
+_ERROR_BEGINS: Final = (b'{"error"', b'[{"error"')
+_LONGEST_BLANKS: Final = 200
+_MAX_ERROR: Final = 64 * 1024
 
 # Google's words for what went wrong (google.rpc.Code), in lower case, as they stand in the `status`
 # of bodies and in the `code` of error events.
@@ -132,6 +138,11 @@ class GeminiEndpoint(Endpoint):
             # where it is cancelled before it has.
             if response.status_code != 200:
                 await response.aread()
+            elif response.request.url.path.endswith(":streamGenerateContent"):
+                # What it makes of an error that stands in a list has lost the error's words.
+                pieces = response.aiter_bytes()
+                heard = _chunks_or_error(self, pieces, response.headers)
+                cast("Any", response).aiter_bytes = lambda: heard
 
         http = self.http_client(follow_redirects=False)  # the key has a header of its own
         http.event_hooks = {"request": [limited], "response": [read]}
@@ -151,16 +162,47 @@ class GeminiEndpoint(Endpoint):
         return GeminiClient(client, http)
 
 
-async def event_stream(answer: Any) -> object:  # noqa: ANN401 - a raw response of the SDK's
+async def _chunks_or_error(
+    endpoint: GeminiEndpoint, pieces: AsyncGenerator[bytes, None], headers: Mapping[str, str]
+) -> AsyncGenerator[bytes, None]:
+    """Yield the pieces of a body that is no error; those that may yet be one are held back."""
+    held = b""
+    passing = False
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            held += piece
+            passing = passing or len(held) > _MAX_ERROR or not _may_be_error(held)
+            if passing:
+                yield held
+                held = b""
+            elif (error := _told_error(endpoint, held, headers)) is not None:
+                raise error
+    if held:
+        yield held
+
+
+def _may_be_error(beginning: bytes) -> bool:
+    begun = b"".join(beginning[:_LONGEST_BLANKS].split())
+    return any(begun.startswith(error) or error.startswith(begun) for error in _ERROR_BEGINS)
+
+
+async def event_stream(answer: Any, endpoint: GeminiEndpoint) -> object:  # noqa: ANN401 - a raw response of the SDK's
     """Return the stream of an answer's events, each as the JSON it came as.
 
     The SDK makes a new model of pydantic for each event, which takes a hundred times as long as the
     event; it takes a decoder as well. What is no stream is what the SDK makes of it, or its error.
+
+    Raises:
+        PlatformError: It is an error instead, though its status is none.
     """
     from google.genai._interactions import AsyncStream
 
     kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
     if answer.status_code != 200 or kind != "text/event-stream":  # as the SDK has it
+        if answer.status_code == 200:
+            error = _told_error(endpoint, await answer.read(), answer.headers)
+            if error is not None:
+                raise error
         return await answer.parse()
     return await answer.parse(to=AsyncStream[object], decoder=_event_data, sentinel="[DONE]")
 
@@ -235,12 +277,31 @@ def _headers(response: object) -> Mapping[str, str]:
     return cast("Mapping[str, str]", headers) if isinstance(headers, Mapping) else {}
 
 
+def _told_error(
+    endpoint: GeminiEndpoint, data: bytes, headers: Mapping[str, str]
+) -> PlatformError | None:
+    """Return the error that a body tells of whose status was 200; None where it tells of none."""
+    try:
+        body = _unlisted(json.loads(data))
+    except (ValueError, RecursionError):
+        return None
+    fault = fault_of(body)
+    if not fault:
+        return None
+    status = fault.get("code")  # the one that it would have come with
+    return _answered(endpoint, status if type(status) is int else None, body, headers)
+
+
+def _unlisted(body: object) -> object:
+    """Return what is in the list that Google's servers put around an error now and then."""
+    return next(iter(cast("list[object]", body)), None) if isinstance(body, list) else body
+
+
 def _answered(
     endpoint: GeminiEndpoint, status: int | None, body: object, headers: Mapping[str, str]
 ) -> PlatformError:
     """Return the error for an answer with an HTTP status, or for an error object in a stream."""
-    if isinstance(body, list):  # Google's servers put a list around it now and then
-        body = next(iter(cast("list[object]", body)), None)
+    body = _unlisted(body)
     fault = fault_of(body)
     if status is not None and status < 400:
         if not fault:

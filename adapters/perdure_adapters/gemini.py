@@ -219,7 +219,7 @@ class GeminiAdapter(AsyncBasePlatformAdapter):
                 extra_body=body,  # as it is: the SDK's own types would refuse what is newer
                 **how,
             )
-            stream = await event_stream(answer)
+            stream = await event_stream(answer, self._endpoint)
         except sdk_errors() as error:
             raise typed_gemini_error(error, self._endpoint) from error
         except (ValueError, TypeError) as error:
@@ -247,7 +247,9 @@ class GeminiAdapter(AsyncBasePlatformAdapter):
         after = cursor_event(cursor)
         try:
             answer = await _raw(client).get(response_id, stream=True, last_event_id=after)
-            stream = await event_stream(answer)
+            stream = await event_stream(answer, self._endpoint)
+        except PlatformError as error:  # told with the status 200
+            raise self._lost(response_id, error) from None
         except reading_errors() as error:
             raise self._lost(response_id, typed_gemini_error(error, self._endpoint)) from error
         reader = InteractionReader(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import json
 import sys
@@ -23,6 +24,7 @@ from perdure.errors import (
     Overloaded,
     PlatformError,
     PlatformTimeout,
+    RateLimited,
     StreamTruncated,
 )
 from perdure.events import Accepted, Chunk, Completed, Event, UsageReported
@@ -427,6 +429,111 @@ class TestErrorEvents:
         error = {"error": {"code": code, "status": "WHATEVER", "message": "broke"}}
         call = a_call(error_after=4, error=error)
         assert type(await failure(gemini_server, call, "generate")) is kind
+
+
+SLOW_DOWN: dict[str, Any] = {
+    "code": 429,
+    "status": "RESOURCE_EXHAUSTED",
+    "message": f"slow {KEY} down",
+    "details": [{"retryDelay": "3s"}],
+}
+
+
+class TestNoStream:
+    """Status 200 and a whole body: a proxy does that, and Google now and then."""
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("indent", [None, 2])
+    @pytest.mark.parametrize("listed", [False, True])
+    async def test_an_error(
+        self, gemini_server: GeminiServer, way: str, listed: bool, indent: int | None
+    ) -> None:
+        """It is the error that it says it is, with its words and the time to wait."""
+        told: object = {"error": SLOW_DOWN}
+        body = json.dumps([told] if listed else told, indent=indent)
+        error = await failure(gemini_server, a_call(body=body), way)
+        assert type(error) is RateLimited
+        assert error.message.endswith(": slow *** down")
+        assert (error.status, error.retry_after) == (429, 3.0)
+        assert not error.response_over
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize(
+        ("told", "kind"),
+        [
+            ({"error": {"code": 403, "message": "why"}}, AuthenticationFailed),
+            ({"error": {"status": "UNAVAILABLE", "message": "why"}}, Overloaded),
+            (
+                {"error": {"code": 8, "status": "INVALID_ARGUMENT", "message": "why"}},
+                InvalidRequest,
+            ),
+            ({"error": {"code": True, "message": "why"}}, Overloaded),
+            ({"error": {"code": "safety", "message": "why"}}, ContentRefused),
+            ({"error": "why"}, Overloaded),
+            ([{"error": "why"}], Overloaded),
+        ],
+    )
+    async def test_errors_of_other_forms(
+        self, gemini_server: GeminiServer, way: str, told: object, kind: type
+    ) -> None:
+        """A gateway's are less complete."""
+        error = await failure(gemini_server, a_call(body=json.dumps(told)), way)
+        assert type(error) is kind
+        assert "why" in error.message
+
+    async def test_an_error_in_the_place_of_the_rest(self, gemini_server: GeminiServer) -> None:
+        """Whoever picks a stream up is told as well; what is gone has to begin anew."""
+        whole = await run(gemini_server, a_call())
+        assert isinstance(whole[0], Accepted)
+        call = a_call(resume=Resume("reattach", "", whole[0].response_id, whole[0].cursor))
+        gemini_server.no_stream = json.dumps([{"error": SLOW_DOWN}])
+        assert type(await failure(gemini_server, call)) is RateLimited
+        gone = {"code": 404, "status": "NOT_FOUND", "message": "no such interaction"}
+        gemini_server.no_stream = json.dumps({"error": gone})
+        error = await failure(gemini_server, call)
+        assert type(error) is StreamTruncated
+        assert error.response_over
+
+    async def test_the_background_refused(self, gemini_server: GeminiServer) -> None:
+        """The error is heard, whatever the status: it is asked once more, without."""
+        refusal = {"error": {"code": 400, "message": "background=true is not supported here"}}
+        await failure(gemini_server, a_call(body=json.dumps(refusal)))
+        assert [bool(seen.body.get("background")) for seen in gemini_server.asked] == [True, False]
+
+    @pytest.mark.parametrize("way", INTERACTIONS)
+    @pytest.mark.parametrize(
+        "body", ['{"id": "int_1", "status": "completed"}', "[]", "[5]", "5", "null", '{"error": 5}']
+    )
+    async def test_what_is_no_error(self, gemini_server: GeminiServer, way: str, body: str) -> None:
+        """It is no answer either, and the next one would be the same."""
+        error = await failure(gemini_server, a_call(body=body), way)
+        assert type(error) is InvalidRequest
+        assert "check the base URL" in error.message
+
+    async def test_a_chunk(self, gemini_server: GeminiServer) -> None:
+        """An answer that comes at once is an answer."""
+        (chunk,) = generate_events(Scenario(text="Hi", thoughts=()))
+        assert text_of(await run(gemini_server, a_call(body=chunk), "generate")) == "Hi"
+
+    @pytest.mark.parametrize(
+        "body", ["", "[", "[]", '{"er', '[{"error": {"message": "cut o', '{"error": 5}', "oops"]
+    )
+    async def test_what_is_neither(self, gemini_server: GeminiServer, body: str) -> None:
+        """No chunk and no error is no success."""
+        error = await failure(gemini_server, a_call(body=body or " "), "generate")
+        assert type(error) is StreamTruncated
+
+    async def test_a_stream_that_says_it_is_none(self, gemini_server: GeminiServer) -> None:
+        """Its first chunk is there before its last, whatever its head calls it."""
+        headers = {"content-type": "application/json"}
+        call = a_call(headers=headers, stall_after=4)
+        async with (
+            adapter(gemini_server, "generate") as asked,
+            contextlib.aclosing(asked.run(call)) as events,
+        ):
+            async for event in events:
+                if isinstance(event, Chunk):
+                    break
 
 
 class TestPickingUp:

@@ -139,6 +139,7 @@ class GeminiServer(ChatServer):
         cancelled: Ids of those that were cancelled.
         picked_up: The `last_event_id` of all that came back, in order.
         replays: What they are told though they know it: `all`, the `last` event, or `created`.
+        no_stream: What they get instead of a stream, as a whole; empty for a stream.
     """
 
     def __init__(self) -> None:
@@ -148,6 +149,7 @@ class GeminiServer(ChatServer):
         self.cancelled: list[str] = []
         self.picked_up: list[str | None] = []
         self.replays = ""
+        self.no_stream = ""
         self._generating: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -225,6 +227,8 @@ class GeminiServer(ChatServer):
         elif query.get("stream") == ["true"]:
             cursor = query.get("last_event_id", [None])[0]
             self.picked_up.append(cursor)
+            if self.no_stream:
+                return await response.whole(200, self.no_stream)
             return await self._stream(response, Scenario(), found.follow(cursor, self.replays))
         steps: list[Any] = []
         known = {"id": found.id, "status": found.status, "model": found.model, "steps": steps}
