@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from perdure.adapter import Adapter
 from perdure.attempt import Stop
+from perdure.background import Background
 from perdure.config import load_config
 from perdure.conversation import go_on
 from perdure.errors import (
-    DatabaseUnavailable,
     EngineClosed,
     InvalidConfig,
     InvalidTask,
@@ -27,7 +27,6 @@ from perdure.errors import (
     RunningLoop,
     TaskArchived,
     TaskNotFound,
-    TasksUnreadable,
 )
 from perdure.events import Archived, Cancelled, CancelRequested, Chunk, RecordedEvent, Running
 from perdure.lifecycle import TaskState
@@ -96,10 +95,10 @@ class Engine:
         self.log = EventLog(database)
         self.worker = Worker(database, self.log, platforms, scope=scope, settings=settings)
         self._records = Records(database)
-        self._runs = run  # in the background; else only when asked to, until all is done
+        self._background = Background(self.worker, self.log.feed)
+        self._run = run
         self._create = create
         self._default_platform = default_platform
-        self._working: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -175,8 +174,8 @@ class Engine:
         except BaseException:  # nobody else would end the writer that may have begun
             await self.close()
             raise
-        if self._runs:
-            self._start_worker()
+        if self._run:
+            self._background.start()
         return self
 
     async def __aexit__(
@@ -191,37 +190,7 @@ class Engine:
     def start_running(self) -> None:
         """Run tasks in the background from now on, until `stop_running`."""
         self._require_open()
-        self._runs = True
-        self._start_worker()
-
-    def _start_worker(self, *, until_done: bool = False) -> asyncio.Task[None]:
-        """Have the worker run, if it doesn't already."""
-        if self._working is None or self._working.done():
-            self.log.feed.resume()
-            self._working = asyncio.create_task(self.worker.run(until_done=until_done))
-            self._working.add_done_callback(self._worker_ended)
-        elif until_done:
-            self.worker.stop_when_done()
-        return self._working
-
-    def _worker_ended(self, working: asyncio.Task[None]) -> None:
-        if working.cancelled():
-            return
-        error = working.exception()
-        if isinstance(error, PerdureError):
-            # Nobody would ever see the end of what they are waiting for.
-            self.log.feed.suspend(error)
-        elif error is not None:
-            self.log.feed.suspend(
-                PerdureError(f"the worker failed: {type(error).__name__}: {error}")
-            )
-        if (error is None or isinstance(error, TasksUnreadable)) and not self.worker.stopping:
-            self._go_on_in_background()
-
-    def _go_on_in_background(self) -> None:
-        """Run what comes after all was done, where that was asked for."""
-        if self._runs and self._closing is None:
-            self._start_worker()
+        self._background.start()
 
     async def close(self) -> None:
         """Hand back what runs, write what is waiting, close everything. May be called again.
@@ -234,9 +203,7 @@ class Engine:
 
     async def _close(self) -> None:
         try:
-            await self.worker.cancel_running()
-            if self._working is not None:
-                await asyncio.wait({self._working})
+            await self._background.stop()
             await self.worker.close()
             await self.platforms.close()
         finally:  # also where the event loop ends meanwhile
@@ -260,17 +227,6 @@ class Engine:
                 "over by asyncio.run_coroutine_threadsafe"
             )
 
-    def _revive_worker(self) -> None:
-        """Run tasks again where that has ended because the database was out of reach.
-
-        It may be back. If not, who waits is told that again.
-        """
-        working = self._working
-        if working is None or not working.done() or working.cancelled():
-            return
-        if isinstance(working.exception(), DatabaseUnavailable):
-            self._start_worker()
-
     # -- the five lifecycle methods --------------------------------------------------------------
 
     async def submit_task(self, task: Task) -> str:
@@ -293,7 +249,7 @@ class Engine:
         A task that can't be accepted doesn't stop the others: its outcome is the error.
         """
         self._require_open()
-        self._revive_worker()
+        self._background.revive()
         outcomes: list[Submission | PerdureError | None] = []
         ready: list[Prepared] = []
         for given in tasks:
@@ -354,7 +310,7 @@ class Engine:
             TimeoutError: It hasn't ended in that time.
         """
         self._require_open()
-        self._revive_worker()
+        self._background.revive()
         at_hand: Ended | None = None
         ending = self.log.feed.ending(task_id)
         try:
@@ -410,7 +366,7 @@ class Engine:
             TaskArchived: They are in an archive.
         """
         self._require_open()
-        self._revive_worker()
+        self._background.revive()
         ended = False
         if not self.log.feed.knows_open(task_id):
             status = await self._records.status(task_id)
@@ -596,9 +552,7 @@ class Engine:
             StoreError: The database can't do its part any more.
         """
         self._require_open()
-        working = self._start_worker(until_done=True)
-        await asyncio.wait({working})
-        working.result()
+        await self._background.until_done()
 
     async def stop_running(self, why: Stop = Stop.HAND_BACK) -> None:
         """Stop what runs here: handed back, or cancelled with its partial output kept.
@@ -606,10 +560,7 @@ class Engine:
         Nothing new is begun until `start_running` or `run_until_done`.
         """
         self._require_open()
-        self._runs = False
-        await self.worker.cancel_running(why)
-        if self._working is not None:
-            await asyncio.wait({self._working})
+        await self._background.stop(why)
 
 
 def _check_is(name: str, given: object, kind: type) -> None:
