@@ -367,13 +367,14 @@ class Engine:
         """
         self._require_open()
         self._background.revive()
-        ended = False
-        if not self.log.feed.knows_open(task_id):
+
+        async def has_ended() -> bool:
             status = await self._records.status(task_id)
             if status is TaskStatus.UNKNOWN:
                 raise TaskNotFound(task_id)
-            ended = status.ended
-        async for recorded in self.log.feed.follow(task_id, from_version, ended=ended):
+            return status.ended
+
+        async for recorded in self.log.feed.follow(task_id, from_version, has_ended):
             yield recorded
 
     async def cancel_task(

@@ -36,9 +36,11 @@ from perdure import (
     Overloaded,
     Submission,
     Task,
+    TaskStatus,
     collect_stream,
 )
 from perdure.store import feed
+from perdure.store.records import Records
 from perdure.streaming import StreamingResult, TextChunk
 from perdure.testing import Hold, ScriptedAdapter
 from perdure_adapters import DemoAdapter
@@ -188,7 +190,7 @@ async def test_who_joins_during_a_fetch_misses_nothing(
         per_call=lambda call: [hold_other if call.task.prompt == "other" else hold, Completed()]
     )
     fetching, joined = asyncio.Event(), asyncio.Event()
-    real = feed._news
+    real = feed.fetch_news
 
     async def late_news(connection: Any, **arguments: Any) -> Any:
         fetching.set()
@@ -202,7 +204,7 @@ async def test_who_joins_during_a_fetch_misses_nothing(
         await hold.reached.wait()
         await hold_other.reached.wait()
         await eventually(lambda: engine.log.feed.active)
-        monkeypatch.setattr(feed, "_news", late_news)
+        monkeypatch.setattr(feed, "fetch_news", late_news)
         await runner.submit_task(Task(prompt="something that makes the others look"))
         await fetching.wait()
         waiting = asyncio.create_task(engine.get_result(mine))
@@ -413,6 +415,29 @@ async def test_who_has_seen_the_end_already_is_not_left_waiting(db: Path) -> Non
             async with asyncio.timeout(60):
                 seen = [event.version async for event in engine.stream_events(task_id, version)]
             assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("version", [5, 50])
+async def test_the_end_comes_while_it_is_looked_up(
+    db: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    """A reader from beyond the end is told of it, though it looked a moment too early."""
+    hold = Hold()
+    async with engine_on(db, ScriptedAdapter("x", hold, Completed())) as engine:
+        task_id = await engine.submit_task(ASK)
+        await hold.reached.wait()
+        look = Records.status
+
+        async def slow_look(records: Records, task_id: str) -> TaskStatus:
+            status = await look(records, task_id)
+            monkeypatch.setattr(Records, "status", look)
+            hold.release()
+            await engine.get_result(task_id, 60)
+            return status
+
+        monkeypatch.setattr(Records, "status", slow_look)
+        monkeypatch.setattr(engine.log.feed, "knows_open", lambda _task_id: False)
+        assert await collect_stream(engine.stream_result(task_id, version), 60) == ""
 
 
 async def test_a_task_that_cannot_be_read_is_no_trouble_of_others(db: Path) -> None:

@@ -22,6 +22,7 @@ from perdure.errors import (
 )
 from perdure.events import CancelRequested, Chunk, Completed, RecordedEvent
 from perdure.store import feed as feed_module
+from perdure.store import fetching
 from store.backends import Backend, Sqlite, Store, append_newer, opened
 from store.children import children
 
@@ -162,7 +163,7 @@ async def test_readers_of_many_streams_get_their_own(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With more streams to follow than are named in a query, everyone still gets just his own."""
-    monkeypatch.setattr(feed_module, "MOST_NAMED", 3)
+    monkeypatch.setattr(fetching, "MOST_NAMED", 3)
     async with opened(database_url) as here, opened(database_url) as there:
         names = [f"demo_{number}" for number in range(8)]
         for name in names:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from perdure.events import Submitted
 from perdure.store.claims import Scope, claim, left_by_status
 from perdure.store.database import Database
-from perdure.store.feed import head_and_news
+from perdure.store.fetching import head_and_news
 from perdure.store.liveness import register_worker
 from perdure.store.transaction import FoldCache, Transaction
 from store.backends import Backend, opened

@@ -9,38 +9,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Final
 
-import sqlalchemy as sa
-from sqlalchemy import Dialect
-from sqlalchemy.ext.asyncio import AsyncConnection
-
-from perdure.errors import DatabaseCorrupt, EngineClosed, PerdureError, StoreError, TaskArchived
-from perdure.events import (
-    LOOK_CLOSER,
-    Archived,
-    CancelRequested,
-    Interrupted,
-    RecordedEvent,
-    decode,
-)
+from perdure.errors import EngineClosed, PerdureError, TaskArchived
+from perdure.events import Archived, CancelRequested, Interrupted, RecordedEvent
 from perdure.store.begun import Begun, Ended
 from perdure.store.database import Database
+from perdure.store.fetching import SELECT_EVENTS, Unread, fetch_news, recorded
 from perdure.store.projection import TaskFold
-from perdure.store.schema import Timestamp, events, log_head, streams
+from perdure.store.schema import events, streams
 
-__all__ = ["Ending", "Feed", "recorded"]
+__all__ = ["Ending", "Feed"]
 
 Listener = Callable[[RecordedEvent], None]
 
 PAGE: Final = 500
 # A reader that is so far behind fetches from the database again instead of being kept events for.
 MAILBOX: Final = 2000
-# With more streams than that to follow, naming them all costs more than looking at every event.
-MOST_NAMED: Final = 200
 # What others write into a running task's stream, and so many of them that its owner may ask for.
 _FOR_OWNERS: Final = (CancelRequested, Interrupted)
 MOST_FOR_OWNERS: Final = 200
@@ -48,65 +35,6 @@ MOST_FOR_OWNERS: Final = 200
 AGAIN_SECONDS: Final = 1.0
 # For what is being fetched when the log is closed: by a database that is gone, never.
 CATCH_UP_SECONDS: Final = 2.0
-
-
-class _Moment(Timestamp):
-    """A moment; None for one that is none, so that the rows beside it can be fetched."""
-
-    cache_ok = True
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ANN401
-        """Turn what is stored into a moment."""
-        try:
-            return super().process_result_value(value, dialect)
-        except ValueError:
-            return None
-
-
-_EVENTS: Final = sa.select(
-    events.c.position,
-    streams.c.task_id,
-    events.c.version,
-    events.c.type,
-    events.c.schema_version,
-    events.c.data,
-    sa.type_coerce(events.c.recorded_at, _Moment).label("recorded_at"),
-)
-SELECT_EVENTS: Final = _EVENTS.join_from(events, streams, events.c.stream_id == streams.c.stream_id)
-# For what is new. What is computed is in no index: so SQLite begins with the events after a
-# position, and not with the streams and all events of each, which a long task has many of.
-_SELECT_NEWS: Final = _EVENTS.join_from(
-    events, streams, streams.c.stream_id == events.c.stream_id + 0
-)
-_NAME: Final = streams.c.task_id + ""
-
-
-def recorded(row: sa.RowMapping) -> RecordedEvent:
-    """Return the event that a row of `SELECT_EVENTS` holds.
-
-    Raises:
-        DatabaseIncompatible: A newer perdure wrote it.
-        DatabaseCorrupt: It can't be what was written.
-    """
-    if row["recorded_at"] is None:
-        raise DatabaseCorrupt(
-            f"the moment of the event at position {row['position']} is unreadable: {LOOK_CLOSER}"
-        )
-    return RecordedEvent(
-        position=row["position"],
-        task_id=row["task_id"],
-        version=row["version"],
-        event=decode(row["type"], row["schema_version"], row["data"]),
-        recorded_at=row["recorded_at"],
-    )
-
-
-class _Unread(NamedTuple):
-    """Where an event is that can't be read, and why: a newer perdure wrote it, or it is damaged."""
-
-    position: int
-    task_id: str
-    error: StoreError
 
 
 class Feed:
@@ -194,7 +122,10 @@ class Feed:
             self._fetch()
 
     async def follow(
-        self, task_id: str, after: int = 0, *, ended: bool = False
+        self,
+        task_id: str,
+        after: int = 0,
+        has_ended: Callable[[], Awaitable[bool]] | None = None,
     ) -> AsyncGenerator[RecordedEvent, None]:
         """Yield the stream's events after version ``after``: first what is there, then what comes.
 
@@ -204,7 +135,7 @@ class Feed:
         Args:
             task_id: The stream.
             after: A version, which need not be there yet.
-            ended: Whether the task is known to have ended, so that nothing will come.
+            has_ended: Looks up whether the task has ended, for who may ask for what is after that.
 
         Raises:
             EngineClosed: The engine was closed before the task ended.
@@ -220,8 +151,10 @@ class Feed:
         begun = self._begun.events(task_id)
         try:
             while True:
-                # Before the replay: what is dropped while its last page is read must be noticed.
+                # Before the replay: what is dropped while its last page is read must be noticed,
+                # and nothing comes after what it finds where the task has ended.
                 reader.behind = False
+                ended = has_ended is not None and not self.knows_open(task_id) and await has_ended()
                 async for event in self._replay(task_id, after, begun):
                     if isinstance(event.event, Archived):  # nothing of what was asked for is here
                         raise TaskArchived(task_id, event.event.archive)
@@ -351,7 +284,7 @@ class Feed:
                 for listener in tuple(listeners):
                     listener(event)
 
-    def _deliver_unread(self, unread: Iterable[_Unread]) -> None:
+    def _deliver_unread(self, unread: Iterable[Unread]) -> None:
         """Tell the readers of some streams, and nobody else, that they can't be read any further.
 
         Nothing is asked for again on that account. What others write into these streams, and can be
@@ -393,12 +326,12 @@ class Feed:
                     break
                 since = self._seen
                 head, fresh = await self._database.read(
-                    partial(_news, wanted=wanted, since=since, late=late, before=before)
+                    partial(fetch_news, wanted=wanted, since=since, late=late, before=before)
                 )
                 if self._seen == since:  # else somebody joined who needs an earlier start
                     self._seen = head
                 self._deliver([one for one in fresh if isinstance(one, RecordedEvent)])
-                self._deliver_unread(one for one in fresh if isinstance(one, _Unread))
+                self._deliver_unread(one for one in fresh if isinstance(one, Unread))
                 # Streams that somebody joined meanwhile were not looked at: once more for them.
                 late, before = tuple(self._listeners.keys() - frozenset(wanted)), since
                 self._stale = self._stale or bool(late)
@@ -415,57 +348,6 @@ class Feed:
     def _fetch_again(self) -> None:
         if self._unheard and self._listeners:
             self._fetch()
-
-
-async def _news(
-    connection: AsyncConnection,
-    *,
-    wanted: tuple[str, ...],
-    since: int,
-    late: tuple[str, ...],
-    before: int,
-) -> tuple[int, list[RecordedEvent | _Unread]]:
-    """Return the log's head and what is new: of ``late`` after ``before``, else after ``since``."""
-    head, news = await _behind(connection, wanted, since)
-    if late and before < since:
-        _head, missed = await _behind(connection, late, before)
-        news = [one for one in missed if one.position <= since] + news
-    return head, news
-
-
-async def _behind(
-    connection: AsyncConnection, wanted: tuple[str, ...], after: int
-) -> tuple[int, list[RecordedEvent | _Unread]]:
-    """Return the log's head and the events of these streams after ``after``."""
-    rows = (await connection.execute(head_and_news(wanted, after))).mappings().all()
-    if not rows:
-        raise DatabaseCorrupt("the log has lost its head row: restore a backup")
-    names = frozenset(wanted)
-    return rows[0]["head"], [_read_row(row) for row in rows if row["task_id"] in names]
-
-
-def _read_row(row: sa.RowMapping) -> RecordedEvent | _Unread:
-    """Return the event that a row holds; one that can't be read is no trouble of the others."""
-    try:
-        return recorded(row)
-    except StoreError as error:
-        return _Unread(row["position"], row["task_id"], error)
-
-
-def head_and_news(wanted: Sequence[str], after: int) -> sa.Select[*tuple[Any, ...]]:
-    """Return the statement for the log's head, beside each new event, if there is any.
-
-    One statement, since each takes several switches from thread to thread, and readers wait.
-    """
-    news = _SELECT_NEWS.where(events.c.position > after)
-    if len(wanted) <= MOST_NAMED:
-        news = news.where(_NAME.in_(wanted))
-    found = news.subquery()
-    return (
-        sa.select(log_head.c.position.label("head"), found)
-        .join_from(log_head, found, sa.true(), isouter=True)
-        .order_by(found.c.position)
-    )
 
 
 class Ending:
@@ -507,7 +389,7 @@ class Ending:
         if event.event.ends_task and not self._future.done():
             self._future.set_result(self._feed.ended(event.task_id))
 
-    def receive_unread(self, unread: _Unread) -> None:
+    def receive_unread(self, unread: Unread) -> None:
         """Take the news of an event that can't be read, unless it is an old one, told once more."""
         if unread.position > self._since:
             self.fail(unread.error)
@@ -540,7 +422,7 @@ class _Reader:
             self._mailbox.append(event)
             self._news.set()
 
-    def receive_unread(self, _unread: _Unread) -> None:
+    def receive_unread(self, _unread: Unread) -> None:
         # It finds out itself, at the right place: when it fetches what it wasn't given.
         self.behind = True
         self._news.set()

@@ -19,7 +19,7 @@ from perdure.store.claims import load_blobs
 from perdure.store.content import blob_digests, restore
 from perdure.store.database import Database
 from perdure.store.dialect import Dialect
-from perdure.store.feed import SELECT_EVENTS, recorded
+from perdure.store.fetching import SELECT_EVENTS, recorded
 from perdure.store.lookups import Lookup
 from perdure.store.projection import TaskFold
 from perdure.store.schema import events, streams, tasks
