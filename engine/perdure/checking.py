@@ -173,6 +173,8 @@ class _Helper:
     async def start(cls) -> _Helper | None:
         """Return one that is ready; None where there is no interpreter, or a loop starts none.
 
+        Where Python is embedded in another program, it is that program that is started.
+
         Raises:
             _NotStarted: There is none just now.
         """
@@ -187,28 +189,31 @@ class _Helper:
         except (OSError, RuntimeError) as error:  # no more processes, or no thread to wait for one
             raise _NotStarted(getattr(error, "strerror", None) or str(error)) from None
         helper = cls(process)
-        problem: str | None = "it was not waited for"
+        ready = False
         try:
-            problem = await helper._be_ready()
+            ready = await helper._be_ready()
         finally:
-            if problem is not None:
+            if not ready:
                 await helper.end()
-        if problem is not None:
-            raise _NotStarted(f"{sys.executable!r} {problem}")
-        return helper
+        return helper if ready else None
 
-    async def _be_ready(self) -> str | None:
-        """Return what has come in between, once it is ready or will not be."""
+    async def _be_ready(self) -> bool:
+        """Wait until it says that it is ready; returns False if it is no interpreter.
+
+        Raises:
+            _NotStarted: It will never be ready, for another reason.
+        """
         try:
             async with asyncio.timeout(START_SECONDS):
                 said = await self._from.readline()
-                if said == _READY:
-                    return None
-                if said:
-                    return "says something else before it begins"
-                return f"ended at once, with the exit code {await self._process.wait()}"
+                code = 0 if said else await self._process.wait()
         except TimeoutError:
-            return f"was not ready after {START_SECONDS:g} s"
+            raise _NotStarted(
+                f"{sys.executable!r} was not ready after {START_SECONDS:g} s"
+            ) from None
+        if code < 0:  # as by the system for want of memory
+            raise _NotStarted(f"{sys.executable!r} was ended by the signal {-code}")
+        return said == _READY
 
     async def ask(self, request: bytes) -> tuple[str, bool] | None:
         """Return what is wrong with an output and whether it can be repaired; None if nothing is.

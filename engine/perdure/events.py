@@ -434,6 +434,11 @@ def decode(type_: str, schema_version: int, data: str | bytes) -> Event:
         DatabaseCorrupt: It can't be what was written.
     """
     model = EVENT_TYPES.get(type_)
+    if type(schema_version) is not int:  # SQLite lets somebody else put anything anywhere
+        raise DatabaseCorrupt(
+            f"an event {type_!r} is unreadable (its schema version is {schema_version!r:.80}): "
+            f"{LOOK_CLOSER}"
+        )
     if model is None or schema_version > model.schema_version:
         raise DatabaseIncompatible(
             f"the log has an event {type_!r} of schema version {schema_version}, which this "

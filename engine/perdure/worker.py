@@ -98,8 +98,8 @@ class _Run:
         until_done: It is to end as soon as nothing is left to do.
         stop: Why attempts end as soon as they begin, where they do.
         failure: What ends it.
-        in_progress: It has begun, and not come to its end: if it never does, something may have
-            been left running.
+        in_progress: It, or an earlier one, has begun and not come to its end: something may have
+            been left running under the worker's name, which the next one gives up for that.
     """
 
     stopping: bool = False
@@ -144,6 +144,7 @@ class Worker:
         self._claimed = asyncio.Event()
         self._claiming = asyncio.Lock()
         self._run = _Run()
+        self._going = False
         self._registered = False
 
     # -- the face --------------------------------------------------------------------------------
@@ -210,15 +211,25 @@ class Worker:
             until_done: As `stop_when_done`, from the beginning.
 
         Raises:
+            PerdureError: It is running already.
             TasksUnreadable: It was to end when all is done, and all is, but for some tasks that
                 this perdure can't read.
             StoreError: The database can't do its part any more.
         """
-        last, self._run = self._run, _Run(until_done=until_done)
-        return self._run_through(self._run, start_over=last.in_progress)
+        if self._going:
+            raise PerdureError("the worker is running already: wait for that, or open an engine")
+        self._run = _Run(until_done=until_done, in_progress=self._run.in_progress)
+        return self._run_through(self._run)
 
-    async def _run_through(self, run: _Run, *, start_over: bool) -> None:
-        if start_over:
+    async def _run_through(self, run: _Run) -> None:
+        self._going = True
+        try:
+            await self._run_to_its_end(run)
+        finally:
+            self._going = False
+
+    async def _run_to_its_end(self, run: _Run) -> None:
+        if run.in_progress:
             await self._start_over()
         run.in_progress = True
         if not self._registered:
@@ -311,9 +322,14 @@ class Worker:
             return 0
         self._pace.begin_claim()
         models = self._platforms.default_models()
-        claimed, head = await self._log.write_last(
-            lambda tx: claims.claim(tx, self.worker_id, free, scope, models, self._unreadable)
-        )
+        try:
+            claimed, head = await self._log.write_last(
+                lambda tx: claims.claim(tx, self.worker_id, free, scope, models, self._unreadable)
+            )
+        except DatabaseUnavailable as error:
+            # Whether something was claimed isn't known: it would be ours, with nobody at it.
+            self._fail("claiming failed", error)
+            return 0
         if not self._unreadable.task_ids <= scope.excluded:
             self.wake()  # they may have taken the place of others that are due
         self._pace.end_claim(
@@ -475,10 +491,10 @@ class Worker:
             try:
                 await self._show_itself()
             except Exception as error:  # noqa: BLE001 - `run` raises it
-                self._fail("the worker could not show that it is alive", error)
-                if not self._running:
-                    return
-                # Without signs of life its tasks would be taken from it while it goes on.
+                # The database may be back before what runs has ended. What others have taken over
+                # by then, for want of a sign of life, finds that out by itself.
+                if not (self._running and isinstance(error, DatabaseUnavailable)):
+                    self._fail("the worker could not show that it is alive", error)
                 self._expires = math.inf
 
     async def _show_itself(self) -> None:

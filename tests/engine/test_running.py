@@ -18,6 +18,7 @@ from perdure import (
     DatabaseUnavailable,
     Engine,
     Event,
+    PerdureError,
     StoreError,
     Task,
     TaskStatus,
@@ -40,6 +41,45 @@ def engine_on(db: Path, *adapters: Any, **changes: Any) -> Engine:
 async def answer(engine: Engine, task: Task = ASK) -> str:
     """Submit a task and return its output."""
     return (await engine.get_result(await engine.submit_task(task), PATIENCE)).output
+
+
+def long_and_short(hold: Hold) -> ScriptedAdapter:
+    """Return a platform that holds the task "long", and answers all others at once."""
+
+    def script(call: Call) -> list[Any]:
+        return ["long", hold, Completed()] if call.task.prompt == "long" else ["short", Completed()]
+
+    return ScriptedAdapter(per_call=script)
+
+
+async def begun(engine: Engine, hold: Hold) -> str:
+    """Submit the task "long", and return it once it is held and nothing is left to be written."""
+    task_id = await engine.submit_task(Task(prompt="long", platform="scripted"))
+    await hold.reached.wait()
+
+    async def written() -> bool:
+        return isinstance((await engine.get_events(task_id))[-1].event, Chunk)
+
+    await eventually(written)
+    return task_id
+
+
+def cut_off(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Have all writing fail as long as the event is set that is returned."""
+    put, away = engine.log._put, asyncio.Event()
+
+    def unreachable(*given: Any, **how: Any) -> Any:
+        if away.is_set():
+            raise DatabaseUnavailable("out of reach")
+        return put(*given, **how)
+
+    monkeypatch.setattr(engine.log, "_put", unreachable)
+    return away
+
+
+async def worker_ended(engine: Engine) -> None:
+    """Wait until the worker runs no more."""
+    await eventually(lambda: not engine._background._runs)
 
 
 # -- for how long it holds what was asked ----------------------------------------------------------
@@ -97,6 +137,68 @@ async def test_a_stop_before_the_first_step_counts(db: Path) -> None:
         assert await engine.get_status(task_id) is TaskStatus.PENDING
         await asyncio.wait_for(engine.worker.run(until_done=True), PATIENCE)
         assert await engine.get_status(task_id) is TaskStatus.COMPLETED
+
+
+async def test_running_that_is_begun_while_it_is_being_stopped(db: Path) -> None:
+    """What is asked last counts: it is stopped, and begins again."""
+    hold = Hold()
+    async with engine_on(db, long_and_short(hold)) as engine:
+        await begun(engine, hold)
+        stopping = asyncio.create_task(engine.stop_running())
+        await asyncio.sleep(0)
+        engine.start_running()
+        await stopping
+        assert await answer(engine) == "short"
+        hold.release()
+
+
+@pytest.mark.parametrize("last", ["stop_running", "close"])
+async def test_running_that_waits_for_a_stop_and_is_stopped_itself(db: Path, last: str) -> None:
+    """What is asked last counts: nothing runs after it."""
+    hold = Hold()
+    engine = await engine_on(db, long_and_short(hold)).__aenter__()
+    task_id = await begun(engine, hold)
+    asked = [asyncio.create_task(call()) for call in (engine.stop_running, engine.run_until_done)]
+    await asyncio.sleep(0)
+    asked.append(asyncio.create_task(getattr(engine, last)()))
+    await asyncio.wait_for(asyncio.gather(*asked), PATIENCE)
+    await asyncio.sleep(5 * FAST.poll_seconds)
+    assert query(db, "SELECT status FROM tasks WHERE task_id = ?", task_id) == [("pending",)]
+    assert engine.worker.running == ()
+    await engine.close()
+    assert query(db, "SELECT count(*) FROM workers") == [(0,)]
+
+
+async def test_what_was_all_done_a_moment_ago(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for all to be done waits for what was submitted before, whoever asked first."""
+    look, looked, may_go_on = claims.unfinished, asyncio.Event(), asyncio.Event()
+
+    async def slow_look(*given: Any) -> int:
+        found = await look(*given)
+        if not found:
+            looked.set()
+            await may_go_on.wait()
+        return found
+
+    monkeypatch.setattr(claims, "unfinished", slow_look)
+    async with engine_on(db, run=False) as engine:
+        first = asyncio.create_task(engine.run_until_done())
+        await looked.wait()
+        task_id = await engine.submit_task(ASK)
+        second = asyncio.create_task(engine.run_until_done())
+        await asyncio.sleep(0.02)
+        may_go_on.set()
+        await asyncio.wait_for(asyncio.gather(first, second), PATIENCE)
+        assert await engine.get_status(task_id) is TaskStatus.COMPLETED
+
+
+async def test_a_worker_runs_once_at_a_time(db: Path) -> None:
+    """Whoever tries it twice is told, and the first goes on."""
+    async with engine_on(db) as engine:
+        assert await answer(engine) == "Hello, world."
+        with pytest.raises(PerdureError, match="running already"):
+            engine.worker.run()
+        assert await answer(engine) == "Hello, world."
 
 
 # -- what runs here --------------------------------------------------------------------------------
@@ -194,22 +296,153 @@ async def test_what_runs_gives_a_database_time_to_come_back(
     away = asyncio.Event()
     failed = failing(monkeypatch, DatabaseUnavailable("out of reach"), away)
     hold = Hold()
-    adapter = ScriptedAdapter(
-        per_call=lambda call: (
-            [hold, Completed()] if call.task.prompt == "long" else ["b", Completed()]
-        )
-    )
-    async with engine_on(db, adapter) as engine:
-        task_id = await engine.submit_task(Task(prompt="long", platform="scripted"))
-        await hold.reached.wait()
+    async with engine_on(db, long_and_short(hold)) as engine:
+        task_id = await begun(engine, hold)
         away.set()
         await eventually(lambda: failed[0] > 2)
         away.clear()
-        assert await answer(engine) == "b"
+        assert await answer(engine) == "short"
         await eventually(lambda: engine.worker.running == (task_id,))
         hold.release()
         assert (await engine.get_result(task_id, PATIENCE)).success
     assert_sound(db)
+
+
+async def test_signs_of_life_that_fail_for_a_while_are_no_end(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as something runs here, the database may come back: new tasks run beside it."""
+    hold = Hold()
+    failed = asyncio.Event()
+    show = Worker._show_itself
+
+    async def noted(worker: Worker) -> None:
+        try:
+            await show(worker)
+        except DatabaseUnavailable:
+            failed.set()
+            raise
+
+    monkeypatch.setattr(Worker, "_show_itself", noted)
+    async with engine_on(db, long_and_short(hold)) as engine:
+        away = cut_off(engine, monkeypatch)
+        task_id = await begun(engine, hold)
+        away.set()
+        await failed.wait()
+        away.clear()
+        assert await answer(engine) == "short"
+        assert task_id in engine.worker.running
+        hold.release()
+        assert (await engine.get_result(task_id, PATIENCE)).success
+    assert_sound(db)
+
+
+async def test_what_is_claimed_while_a_sign_of_life_fails_gets_others(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker ends by it; what it claimed just then is kept alive to its end all the same."""
+    hold = Hold()
+    async with engine_on(db, long_and_short(hold)) as engine:
+        assert await answer(engine) == "short"
+        await eventually(lambda: not engine.worker.running)
+        claiming, may_claim, failed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        claim, show = engine.log.write_last, Worker._show_itself
+
+        async def slow_claim(work: Any) -> Any:
+            claiming.set()
+            await may_claim.wait()
+            return await claim(work)
+
+        async def fails_once(worker: Worker) -> None:
+            if claiming.is_set() and not failed.is_set():
+                failed.set()
+                raise DatabaseUnavailable("out of reach")
+            await show(worker)
+
+        monkeypatch.setattr(engine.log, "write_last", slow_claim)
+        monkeypatch.setattr(Worker, "_show_itself", fails_once)
+        submitted = asyncio.create_task(begun(engine, hold))
+        await failed.wait()
+        may_claim.set()
+        task_id = await submitted
+        (shown,) = query(db, "SELECT heartbeat_at FROM workers")
+        await eventually(lambda: query(db, "SELECT heartbeat_at FROM workers") > [shown])
+        hold.release()
+        await worker_ended(engine)
+        assert await engine.get_status(task_id) is TaskStatus.COMPLETED
+    assert_sound(db)
+
+
+async def test_what_an_outage_left_is_taken_over_however_long_it_was(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first ones to try again were too early."""
+    hold = Hold()
+    settings = {"lease_seconds": 1.0}
+    async with engine_on(db, long_and_short(hold), settings=settings) as engine:
+        away = cut_off(engine, monkeypatch)
+        task_id = await begun(engine, hold)
+        away.set()
+        hold.release()
+        await worker_ended(engine)
+        for _ in range(2):
+            with pytest.raises(DatabaseUnavailable):
+                await engine.submit_task(ASK)
+            await worker_ended(engine)
+        away.clear()
+        assert await answer(engine) == "short"
+        assert (await engine.get_result(task_id, PATIENCE)).success
+    assert_sound(db)
+
+
+async def test_a_claim_of_which_nobody_knows_whether_it_was_done(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What may have been claimed isn't left with a worker that doesn't know of it."""
+    hold = Hold()
+    settings = {"lease_seconds": 1.0}
+    async with engine_on(db, long_and_short(hold), settings=settings) as engine:
+        long = await begun(engine, hold)
+        claim = engine.log.write_last
+
+        async def unanswered(work: Any) -> Any:
+            found = await claim(work)
+            if found[0]:
+                monkeypatch.setattr(engine.log, "write_last", claim)
+                raise DatabaseUnavailable("gone; what was written last may be there")
+            return found
+
+        monkeypatch.setattr(engine.log, "write_last", unanswered)
+        task_id = await engine.submit_task(ASK)
+        await eventually(lambda: engine.worker._run.failure)
+        hold.release()
+        await worker_ended(engine)
+        assert (await engine.get_result(task_id, PATIENCE)).output == "short"
+        assert (await engine.get_result(long, PATIENCE)).success
+    assert_sound(db)
+
+
+async def test_what_was_stopped_is_not_begun_again_by_an_outage(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may wait for results again, and runs nothing that it wasn't asked to run."""
+    for run in (True, False):
+        async with engine_on(db, run=run) as engine:
+            away = cut_off(engine, monkeypatch)
+            away.set()
+            if run:
+                await worker_ended(engine)
+                await engine.stop_running()
+            else:
+                with pytest.raises(DatabaseUnavailable):
+                    await engine.run_until_done()
+            away.clear()
+            task_id = await engine.submit_task(ASK)
+            waiting = asyncio.create_task(engine.get_result(task_id, PATIENCE))
+            await asyncio.sleep(5 * FAST.poll_seconds)
+            assert await engine.get_status(task_id) is TaskStatus.PENDING
+            async with engine_on(db):
+                assert (await waiting).success
 
 
 async def test_signs_of_life_go_on_while_something_runs(

@@ -127,3 +127,25 @@ async def test_while_it_runs(db: Path) -> None:
         ("running",),
         ("completed",),
     ]
+
+
+async def test_what_waits_for_others_goes_on_waiting(db: Path) -> None:
+    """Whoever waits for a task that can't be read is told; who waits for another one is not."""
+    platforms = ScriptedAdapter(platform="other"), ScriptedAdapter()
+    async with engine_on(db, *platforms, run=False) as engine:
+        unreadable = await engine.submit_task(Task(prompt="?", platform="scripted"))
+        left = await engine.submit_task(Task(prompt="?", platform="other"))
+    append_newer(str(db), unreadable)
+    async with (
+        engine_on(db, ScriptedAdapter(), run=False) as engine,
+        engine_on(db, platforms[0], run=False) as other,
+    ):
+        waiting = asyncio.create_task(engine.get_result(left, 30))
+        in_vain = asyncio.create_task(engine.get_result(unreadable, 30))
+        await eventually(lambda: len(engine.log.feed._readers) == 2)
+        with pytest.raises(TasksUnreadable):
+            await engine.run_until_done()
+        with pytest.raises(TasksUnreadable):
+            await in_vain
+        await other.run_until_done()
+        assert (await waiting).success

@@ -178,10 +178,15 @@ class TestNoProcessToBeHad:
             await self.refused(checker, str(error.args[-1]))
         await checker.close()
 
-    async def test_one_that_ends_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As where what is started is no interpreter at all."""
-        monkeypatch.setattr("sys.executable", "/bin/false")
-        await self.refused(Checker(), "'/bin/false' ended at once, with the exit code 1")
+    async def test_one_that_is_ended_at_once(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """As by the system for want of memory, before it could begin."""
+        ended = tmp_path / "ended"
+        ended.write_text("#!/bin/sh\nkill -9 $$\n")
+        ended.chmod(0o700)
+        monkeypatch.setattr("sys.executable", str(ended))
+        await self.refused(Checker(), "ended' was ended by the signal 9")
 
     async def test_one_that_is_never_ready(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -197,6 +202,17 @@ class TestNoProcessToBeHad:
         started = pids.read_text().split()
         assert len(started) == 2
         assert not any(is_there(int(pid)) for pid in started)
+
+
+@pytest.mark.parametrize("program", ["/bin/false", "/bin/true", "/bin/echo"])
+async def test_what_is_no_interpreter(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """As where Python is embedded in another program: then it is checked here."""
+    monkeypatch.setattr("sys.executable", program)
+    checker = Checker()
+    await checker.check('"aa"', BAD)
+    with pytest.raises(OutputInvalid):
+        await checker.check('"b"', BAD)
+    assert pids_of(checker) == []
 
 
 def test_a_process_whose_asker_is_gone() -> None:

@@ -378,6 +378,12 @@ class TestCodec:
             return
         assert isinstance(event, EVENT_TYPES[type_])
 
+    @pytest.mark.parametrize("schema_version", ["x", None, b"1", 1.5])
+    def test_schema_versions_that_nobody_wrote(self, schema_version: Any) -> None:
+        """SQLite has columns of numbers take anything; a reader of many rows minds only that one."""
+        with pytest.raises(DatabaseCorrupt, match="schema version"):
+            decode("chunk", schema_version, "{}")
+
     def test_upcasters_are_applied_in_turn(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """An old event goes through every upcaster up to today's schema before it is validated."""
         monkeypatch.setattr(Running, "schema_version", 3)

@@ -120,3 +120,25 @@ async def test_a_server_where_nobody_may_listen(monkeypatch: pytest.MonkeyPatch)
     assert not listener.hears
     assert len(world.tries) < MINUTES * 60 / 4
     assert world.news
+
+
+async def test_while_a_connection_is_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who follow the log look, however long that takes; and it can be given up."""
+    monkeypatch.setattr(listening, "SLOW_SECONDS", 0.01)
+    looked, given_up = asyncio.Event(), asyncio.Event()
+
+    def look(news: News) -> None:
+        assert not news.work
+        looked.set()
+
+    async def connect() -> Any:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            given_up.set()
+
+    running = asyncio.create_task(Listener(connect, look, lambda: True, "me").run())
+    await asyncio.wait_for(looked.wait(), 60)
+    running.cancel()
+    await asyncio.wait({running})
+    assert given_up.is_set()

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Container,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from functools import partial
 from typing import Final
 
@@ -270,6 +278,12 @@ class Feed:
     def resume(self) -> None:
         """Let readers wait again."""
         self._suspended = None
+
+    def fail_readers(self, error: PerdureError, task_ids: Container[str]) -> None:
+        """End the readers of some tasks: what they wait for won't come."""
+        for reader in tuple(self._readers):
+            if reader.task_id in task_ids:
+                reader.fail(error)
 
     def _end_readers(self, error: PerdureError) -> None:
         for reader in self._readers:

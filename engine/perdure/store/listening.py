@@ -74,7 +74,7 @@ class Listener:
         while True:
             heard, began = False, math.inf
             with contextlib.suppress(psycopg.Error, OSError):
-                connection = await self._connect()
+                connection = await self._connected()
                 began = now()
                 try:
                     await self._listen(connection)
@@ -89,14 +89,33 @@ class Listener:
             await self._wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
+    async def _connected(self) -> psycopg.AsyncConnection[Any]:
+        """Open a connection, however long that takes; whoever follows the log looks meanwhile."""
+        connecting = asyncio.ensure_future(self._connect())
+        try:
+            while not connecting.done():
+                await asyncio.wait({connecting}, timeout=SLOW_SECONDS)
+                if not connecting.done():
+                    self._have_them_look()
+        except asyncio.CancelledError:
+            connecting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, psycopg.Error, OSError):
+                await (await connecting).close()
+            raise
+        return connecting.result()
+
     async def _wait(self, seconds: float) -> None:
         """Let time pass without a connection; whoever follows the log looks meanwhile."""
         while seconds > 0:
             step = min(seconds, SLOW_SECONDS)
             await asyncio.sleep(step)
             seconds -= step
-            if self._active():
-                self._on_news(News(work=False))
+            self._have_them_look()
+
+    def _have_them_look(self) -> None:
+        """Have those look who follow the log; workers look by themselves."""
+        if self._active():
+            self._on_news(News(work=False))
 
     async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
         connection.add_notify_handler(lambda notify: self._understand(notify.payload))
@@ -116,8 +135,7 @@ class Listener:
                         await readable.wait()
                         readable.clear()
                         continue
-                if self._active():
-                    self._on_news(News(work=False))
+                self._have_them_look()
         finally:
             loop.remove_reader(fileno)
 
