@@ -380,7 +380,7 @@ class TestCodec:
 
     @pytest.mark.parametrize("schema_version", ["x", None, b"1", 1.5])
     def test_schema_versions_that_nobody_wrote(self, schema_version: Any) -> None:
-        """SQLite has columns of numbers take anything; a reader of many rows minds only that one."""
+        """SQLite takes anything in a column of numbers; only that row is unreadable."""
         with pytest.raises(DatabaseCorrupt, match="schema version"):
             decode("chunk", schema_version, "{}")
 
