@@ -1,4 +1,4 @@
-"""Running, stopping and going on: what is asked of a worker, and for how long that holds."""
+"""Running, stopping, going on: what is asked of a worker, and for how long that holds."""
 
 from __future__ import annotations
 
