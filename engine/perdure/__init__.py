@@ -24,9 +24,7 @@ if TYPE_CHECKING:
         LoadedFile,
         Resume,
     )
-    from perdure.attempt import (
-        Timing,
-    )
+    from perdure.appending import Timing
     from perdure.engine import (
         Engine,
         execute,
@@ -186,7 +184,7 @@ _HOMES = {
         "LoadedFile",
         "Resume",
     ),
-    "perdure.attempt": ("Timing",),
+    "perdure.appending": ("Timing",),
     "perdure.engine": (
         "Engine",
         "execute",

@@ -40,7 +40,7 @@ from perdure.store.log import EventLog
 from perdure.structured import check_briefly
 from perdure.unchecked import unchecked
 
-__all__ = ["Attempt", "Stop", "Timing"]
+__all__ = ["Attempt"]
 
 _log = logging.getLogger("perdure")
 

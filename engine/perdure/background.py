@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from perdure.attempt import Stop
 from perdure.errors import DatabaseUnavailable, PerdureError, TasksUnreadable
+from perdure.stopping import Stop
 from perdure.store.feed import Feed
 from perdure.worker import Worker
 

@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from perdure.adapter import Adapter
-from perdure.attempt import Stop
 from perdure.background import Background
 from perdure.config import load_config
 from perdure.conversation import go_on
@@ -32,6 +31,7 @@ from perdure.events import Archived, Cancelled, CancelRequested, Chunk, Recorded
 from perdure.lifecycle import TaskState
 from perdure.platforms import Platforms, check_adapters
 from perdure.results import make_result
+from perdure.stopping import Stop
 from perdure.store.archive import ArchiveReport, Stages, archive
 from perdure.store.begun import Ended
 from perdure.store.claims import Scope

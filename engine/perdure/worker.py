@@ -17,7 +17,8 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Final
 
-from perdure.attempt import Attempt, Stop, Timing
+from perdure.appending import Timing
+from perdure.attempt import Attempt
 from perdure.calls import make_call
 from perdure.checking import Checker
 from perdure.containment import admit_error
@@ -35,6 +36,7 @@ from perdure.errors import (
 from perdure.pacing import CALM_SECONDS, Pace
 from perdure.platforms import Platforms
 from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption
+from perdure.stopping import Stop
 from perdure.store import claims, liveness
 from perdure.store.claims import Claimed, Scope
 from perdure.store.database import Database

@@ -22,7 +22,7 @@ import psycopg
 from psycopg.types.string import TextLoader
 
 from perdure import RecordedEvent, Task, WorkerSettings
-from perdure.attempt import Timing
+from perdure.appending import Timing
 from perdure.events import Chunk, Running
 from perdure.policy import RetryPolicy
 from perdure.store.database import Database

@@ -10,8 +10,9 @@ import pytest
 from harness import FAST, assert_sound, stored_events
 
 from perdure import Accepted, Completed, DatabaseUnavailable, Engine, Task, TaskStatus
-from perdure.attempt import Attempt, Stop
+from perdure.attempt import Attempt
 from perdure.events import Event
+from perdure.stopping import Stop
 from perdure.store.log import EventLog
 from perdure.testing import ScriptedAdapter
 

@@ -23,7 +23,7 @@ from perdure import (
     Task,
     TaskStatus,
 )
-from perdure.attempt import Stop
+from perdure.stopping import Stop
 from perdure.store import claims
 from perdure.store.claims import Scope
 from perdure.testing import Hold, ScriptedAdapter
@@ -186,7 +186,7 @@ async def test_what_was_all_done_a_moment_ago(db: Path, monkeypatch: pytest.Monk
         await looked.wait()
         task_id = await engine.submit_task(ASK)
         second = asyncio.create_task(engine.run_until_done())
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0)  # it joins the run of the first
         may_go_on.set()
         await asyncio.wait_for(asyncio.gather(first, second), PATIENCE)
         assert await engine.get_status(task_id) is TaskStatus.COMPLETED

@@ -414,7 +414,7 @@ async def test_of_a_task_whose_worker_is_dead(db: Path, nursery: Nursery) -> Non
 
 async def test_all_that_runs_here(db: Path) -> None:
     """Stopping an engine can also mean to cancel what it runs (the second Ctrl-C)."""
-    from perdure.attempt import Stop
+    from perdure.stopping import Stop
 
     hold = Hold()
     async with engine_on(db, ScriptedAdapter("half", USED, hold)) as engine:

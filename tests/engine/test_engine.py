@@ -60,7 +60,7 @@ from perdure import (
     UsageReported,
     collect_stream,
 )
-from perdure.attempt import Timing
+from perdure.appending import Timing
 from perdure.events import AttemptFailed, Failed, Interrupted, Running
 from perdure.platforms import GROUP
 from perdure.policy import RetryPolicy
