@@ -142,39 +142,47 @@ class ChatServer:
         self._stop = asyncio.Event()
         connections: set[asyncio.Task[None]] = set()
 
-        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.create_task(self._connection(reader, writer))
+        # A server of asyncio's forgets who is just being let in when it stops.
+        def accept() -> None:
+            connection, _ = listening.accept()
+            task = asyncio.create_task(self._connection(connection))
             connections.add(task)
             task.add_done_callback(connections.discard)
-            task.add_done_callback(lambda _: writer.close())  # one cancelled at once never begins
+            task.add_done_callback(lambda _: connection.close())  # one cancelled never begins
 
-        server = await asyncio.start_server(connected, "127.0.0.1", 0, backlog=512)
-        self._port = server.sockets[0].getsockname()[1]
-        self._started.set()
-        await self._stop.wait()
-        server.close()
+        with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
+            listening.setblocking(False)
+            self._port = listening.getsockname()[1]
+            self._loop.add_reader(listening, accept)
+            self._started.set()
+            await self._stop.wait()
+            self._loop.remove_reader(listening)
         for task in list(connections):
             task.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
         await asyncio.sleep(0)  # what was closed last ends with the next turn of the loop
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _connection(self, connection: socket.socket) -> None:
         self.connections += 1
+        reader, writer = await asyncio.open_connection(sock=connection)
         try:
-            while (seen := await _request(reader)) is not None:
-                self.seen.append(seen)
-                self.open += 1
-                try:
-                    if not await self._until_gone(reader, Response(writer), seen):
-                        break
-                finally:
-                    self.open -= 1
-        except (ConnectionError, asyncio.IncompleteReadError):
+            await self._requests(reader, writer)
+            writer.close()
+            await writer.wait_closed()
+        except (OSError, asyncio.IncompleteReadError):
             pass
         finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+            writer.transport.abort()  # what nobody reads is not waited for
+
+    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (seen := await _request(reader)) is not None:
+            self.seen.append(seen)
+            self.open += 1
+            try:
+                if not await self._until_gone(reader, Response(writer), seen):
+                    break
+            finally:
+                self.open -= 1
 
     async def _until_gone(
         self, reader: asyncio.StreamReader, response: Response, seen: Seen
