@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 import re
 import sqlite3
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
+from perdure.events import Completed
 from perdure.store import bulk, direct
 from perdure.store.bulk import Bulk
 from perdure.store.database import Database
 from perdure.store.direct import Statement, has_one_of, is_among
-from perdure.store.schema import blobs, streams, tasks
+from perdure.store.schema import blobs, events, streams, tasks
+from store.backends import Store
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 _STREAMS = Statement(
@@ -219,3 +222,42 @@ def test_a_name_that_the_statement_does_not_have() -> None:
     with engine.connect() as connection, pytest.raises(ValueError, match="missing"):
         wrong.rows(connection, 1)
     engine.dispose()
+
+
+async def test_rows_by_name_are_what_core_gives(store: Store) -> None:
+    """Over a connection that reads, each value is of its column's type."""
+    version = await store.start("täsk", labels={"ö": "1"}, prompt="Grüße")
+    await store.log.append("täsk", [Completed(cost_usd=0.25)], version)
+    await store.submit("other")
+    for asked in (
+        sa.select(tasks).order_by(tasks.c.stream_id),
+        sa.select(events).order_by(events.c.position),
+    ):
+        found = await store.database.fetch(Statement(asked))
+        assert found == [dict(row) for row in await store.database.rows(asked)]
+        assert len(found) > 1
+        for name in ("cost_usd", "recorded_at", "digest"):
+            kinds = {type(row[name]) for row in found if row.get(name) is not None}
+            assert kinds <= {float, datetime, bytes}
+
+
+async def test_a_fetch_goes_to_the_reading_thread_once(
+    make_database: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way there and back costs the reader two switches of threads."""
+    database = Database(make_database())
+    ways = 0
+    execute = aiosqlite.Connection._execute
+
+    async def counted(self: aiosqlite.Connection, *arguments: Any, **named: Any) -> Any:
+        nonlocal ways
+        ways += 1
+        return await execute(self, *arguments, **named)
+
+    try:
+        assert await database.fetch(_STREAMS, ["a task"]) == []  # opens the connection
+        monkeypatch.setattr(aiosqlite.Connection, "_execute", counted)
+        assert await database.fetch(_STREAMS, ["a task"]) == []
+        assert ways == 1
+    finally:
+        await database.close()

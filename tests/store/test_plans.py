@@ -92,9 +92,10 @@ def test_what_is_new_is_found_without_what_was_before(tmp_path: Path) -> None:
     database = Database(tmp_path / "log.db")
     database.prepare()
     with database.snapshot() as connection:
-        asked = head_and_news(["one", "other"], 1000).compile(
-            connection.engine, compile_kwargs={"literal_binds": True}
-        )
-        plan = [row[3] for row in connection.execute(sa.text(f"EXPLAIN QUERY PLAN {asked}"))]
+        asked = head_and_news(of_some=True).compile(connection.engine)
+        given = {**asked.params, "after": 1000, "names": '["one", "other"]'}
+        parameters = tuple(given[name] for name in asked.positiontup or ())
+        steps = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {asked}", parameters)
+        plan = [row[3] for row in steps]
     assert "SEARCH events USING INTEGER PRIMARY KEY (rowid>?)" in plan, plan
     assert "SEARCH streams USING INTEGER PRIMARY KEY (rowid=?)" in plan, plan

@@ -26,6 +26,7 @@ from sqlalchemy.exc import ArgumentError
 
 from perdure.errors import DatabaseIncompatible, StoreError
 from perdure.store.dialect import HURRIED_SECONDS, Dialect, Writer, spelt_url, stored_revision
+from perdure.store.direct import Statement
 from perdure.store.readonly import (
     IN_MEMORY,
     UNREADABLE_URL,
@@ -231,6 +232,15 @@ class Database:
             return list((await connection.execute(statement)).mappings())
 
         return await self.read(query)
+
+    async def fetch(self, statement: Statement, *values: object) -> list[dict[str, Any]]:
+        """Return all rows of a statement that is asked again and again, by column name.
+
+        Args:
+            statement: A SELECT.
+            values: For its parameters, in their order.
+        """
+        return await self.read(lambda connection: statement.mappings(connection, *values))
 
     def pairs(self, values: Mapping[str, str]) -> sa.TableValuedAlias:
         """Return a table of ``values``, with the columns `key` and `value`, as one parameter."""

@@ -25,9 +25,8 @@ from perdure.errors import EngineClosed, PerdureError, TaskArchived
 from perdure.events import Archived, CancelRequested, Interrupted, RecordedEvent
 from perdure.store.begun import Begun, Ended
 from perdure.store.database import Database
-from perdure.store.fetching import SELECT_EVENTS, Unread, fetch_news, recorded
+from perdure.store.fetching import EVENTS_OF, Unread, fetch_news, recorded
 from perdure.store.projection import TaskFold
-from perdure.store.schema import events, streams
 
 __all__ = ["Ending", "Feed"]
 
@@ -215,13 +214,9 @@ class Feed:
             if event.version > after:
                 yield event
         while begun is None:
-            page = await self._database.rows(
-                SELECT_EVENTS.where(streams.c.task_id == task_id, events.c.version > after)
-                .order_by(events.c.version)
-                .limit(PAGE)
-            )
+            page = await self._database.fetch(EVENTS_OF, task_id, after, PAGE)
             for row in page:
-                after = row.version
+                after = row["version"]
                 yield recorded(row)
             if len(page) < PAGE:
                 return

@@ -5,7 +5,7 @@ A row that can't be read, as of a newer perdure, is no trouble of the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -15,9 +15,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from perdure.errors import DatabaseCorrupt, StoreError
 from perdure.events import LOOK_CLOSER, RecordedEvent, decode
+from perdure.store.direct import Statement, is_among
 from perdure.store.schema import Timestamp, events, log_head, streams
 
-__all__ = ["SELECT_EVENTS", "Unread", "fetch_news", "head_and_news", "recorded"]
+__all__ = [
+    "ALL",
+    "EVENTS_OF",
+    "FIRST_EVENTS",
+    "Unread",
+    "fetch_news",
+    "head_and_news",
+    "recorded",
+]
 
 # With more streams than that to follow, naming them all costs more than looking at every event.
 MOST_NAMED: Final = 200
@@ -45,7 +54,20 @@ _EVENTS: Final = sa.select(
     events.c.data,
     sa.type_coerce(events.c.recorded_at, _Moment).label("recorded_at"),
 )
-SELECT_EVENTS: Final = _EVENTS.join_from(events, streams, events.c.stream_id == streams.c.stream_id)
+_OF_STREAMS: Final = _EVENTS.join_from(events, streams, events.c.stream_id == streams.c.stream_id)
+ALL: Final = 2**62  # as many as there are
+EVENTS_OF: Final = Statement(
+    _OF_STREAMS.where(
+        streams.c.task_id == sa.bindparam("task_id"), events.c.version > sa.bindparam("after")
+    )
+    .order_by(events.c.version)
+    .limit(sa.bindparam("most", type_=sa.BigInteger)),
+    ("task_id", "after", "most"),
+)
+FIRST_EVENTS: Final = Statement(
+    _OF_STREAMS.where(is_among(streams.c.task_id, "task_ids"), events.c.version == 1),
+    ("task_ids",),
+)
 # For what is new. What is computed is in no index: so SQLite begins with the events after a
 # position, and not with the streams and all events of each, which a long task has many of.
 _SELECT_NEWS: Final = _EVENTS.join_from(
@@ -54,8 +76,8 @@ _SELECT_NEWS: Final = _EVENTS.join_from(
 _NAME: Final = streams.c.task_id + ""
 
 
-def recorded(row: sa.RowMapping) -> RecordedEvent:
-    """Return the event that a row of `SELECT_EVENTS` holds.
+def recorded(row: Mapping[str, Any]) -> RecordedEvent:
+    """Return the event that a row of one of these statements holds.
 
     Raises:
         DatabaseIncompatible: A newer perdure wrote it.
@@ -102,14 +124,17 @@ async def _behind(
     connection: AsyncConnection, wanted: tuple[str, ...], after: int
 ) -> tuple[int, list[RecordedEvent | Unread]]:
     """Return the log's head and the events of these streams after ``after``."""
-    rows = (await connection.execute(head_and_news(wanted, after))).mappings().all()
+    if len(wanted) <= MOST_NAMED:
+        rows = await _NEWS_OF.mappings(connection, after, wanted)
+    else:
+        rows = await _NEWS.mappings(connection, after)
     if not rows:
         raise DatabaseCorrupt("the log has lost its head row: restore a backup")
     names = frozenset(wanted)
     return rows[0]["head"], [_read_row(row) for row in rows if row["task_id"] in names]
 
 
-def _read_row(row: sa.RowMapping) -> RecordedEvent | Unread:
+def _read_row(row: Mapping[str, Any]) -> RecordedEvent | Unread:
     """Return the event that a row holds; one that can't be read is no trouble of the others."""
     try:
         return recorded(row)
@@ -117,17 +142,24 @@ def _read_row(row: sa.RowMapping) -> RecordedEvent | Unread:
         return Unread(row["position"], row["task_id"], error)
 
 
-def head_and_news(wanted: Sequence[str], after: int) -> sa.Select[*tuple[Any, ...]]:
-    """Return the statement for the log's head, beside each new event, if there is any.
+def head_and_news(*, of_some: bool) -> sa.Select[*tuple[Any, ...]]:
+    """Return the statement for the log's head, beside each event behind the position ``after``.
 
-    One statement, since each takes several switches from thread to thread, and readers wait.
+    One statement, since each takes some switches from thread to thread, and readers wait.
+
+    Args:
+        of_some: Only those of the tasks ``names``.
     """
-    news = _SELECT_NEWS.where(events.c.position > after)
-    if len(wanted) <= MOST_NAMED:
-        news = news.where(_NAME.in_(wanted))
+    news = _SELECT_NEWS.where(events.c.position > sa.bindparam("after"))
+    if of_some:
+        news = news.where(is_among(_NAME, "names"))
     found = news.subquery()
     return (
         sa.select(log_head.c.position.label("head"), found)
         .join_from(log_head, found, sa.true(), isouter=True)
         .order_by(found.c.position)
     )
+
+
+_NEWS: Final = Statement(head_and_news(of_some=False), ("after",))
+_NEWS_OF: Final = Statement(head_and_news(of_some=True), ("after", "names"))

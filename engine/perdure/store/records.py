@@ -19,10 +19,11 @@ from perdure.store.claims import load_blobs
 from perdure.store.content import blob_digests, restore
 from perdure.store.database import Database
 from perdure.store.dialect import Dialect
-from perdure.store.fetching import SELECT_EVENTS, recorded
+from perdure.store.direct import Statement, is_among
+from perdure.store.fetching import ALL, EVENTS_OF, FIRST_EVENTS, recorded
 from perdure.store.lookups import Lookup
 from perdure.store.projection import TaskFold
-from perdure.store.schema import events, streams, tasks
+from perdure.store.schema import events, tasks
 from perdure.task import Task, TaskStatus, ToolCall, Usage
 
 # A call whose arguments are no JSON: its name is readable all the same.
@@ -306,18 +307,24 @@ class Records:
 
 
 async def _rows_of(database: Database, task_ids: Sequence[str]) -> dict[str, TaskRecord]:
-    rows = await database.rows(_ALL.where(tasks.c.task_id.in_(task_ids)))
+    rows = await database.fetch(_ROWS, task_ids)
     return {row["task_id"]: TaskRecord.of(row) for row in rows}
 
 
-_BOTH: Final = (
+_NAMED: Final = is_among(tasks.c.task_id, "task_ids")
+_ROWS: Final = Statement(_ALL.where(_NAMED), ("task_ids",))
+_STATUSES: Final = Statement(
+    sa.select(tasks.c.task_id, tasks.c.status).where(_NAMED), ("task_ids",)
+)
+_BOTH: Final = Statement(
     sa.select(
         *tasks.c,
         events.c.schema_version.label("first_schema_version"),
         events.c.data.label("first_data"),
     )
     .join_from(tasks, events, events.c.stream_id == tasks.c.stream_id)
-    .where(events.c.version == 1)
+    .where(events.c.version == 1, _NAMED),
+    ("task_ids",),
 )
 
 
@@ -325,34 +332,24 @@ async def _both_of(
     database: Database, task_ids: Sequence[str]
 ) -> dict[str, tuple[TaskRecord, Submitted]]:
     found: dict[str, tuple[TaskRecord, Submitted]] = {}
-    for row in await database.rows(_BOTH.where(tasks.c.task_id.in_(task_ids))):
-        data = dict(row)
+    for data in await database.fetch(_BOTH, task_ids):
         first = decode(Submitted.type, data.pop("first_schema_version"), data.pop("first_data"))
         if isinstance(first, Submitted):
-            found[row["task_id"]] = TaskRecord.of(data), first
+            found[data["task_id"]] = TaskRecord.of(data), first
     return found
 
 
 async def _statuses_of(database: Database, task_ids: Sequence[str]) -> dict[str, TaskStatus]:
-    rows = await database.rows(
-        sa.select(tasks.c.task_id, tasks.c.status).where(tasks.c.task_id.in_(task_ids))
-    )
+    rows = await database.fetch(_STATUSES, task_ids)
     return {row["task_id"]: TaskStatus(row["status"]) for row in rows}
 
 
 async def _first_events(database: Database, task_ids: Sequence[str]) -> dict[str, Submitted]:
-    rows = await database.rows(
-        SELECT_EVENTS.where(streams.c.task_id.in_(task_ids), events.c.version == 1)
-    )
+    rows = await database.fetch(FIRST_EVENTS, task_ids)
     found = ((row["task_id"], recorded(row).event) for row in rows)
     return {task_id: event for task_id, event in found if isinstance(event, Submitted)}
 
 
 async def read_events(database: Database, task_id: str, after: int = 0) -> list[RecordedEvent]:
     """Return a stream's events after version ``after``."""
-    rows = await database.rows(
-        SELECT_EVENTS.where(streams.c.task_id == task_id, events.c.version > after).order_by(
-            events.c.version
-        )
-    )
-    return [recorded(row) for row in rows]
+    return [recorded(row) for row in await database.fetch(EVENTS_OF, task_id, after, ALL)]

@@ -167,7 +167,10 @@ class Sqlite(Dialect):
         if immutable(self.path):
             how = {"mode": "ro", "immutable": "1", "uri": "true"}
             url = url.set(database=self.path.absolute().as_uri(), query=how)
-        engine = create_async_engine(url, pool_size=4, max_overflow=0, pool_timeout=60)
+        # Who begins no transaction need not end one, which would be one more way to the thread.
+        engine = create_async_engine(
+            url, pool_size=4, max_overflow=0, pool_timeout=60, pool_reset_on_return=None
+        )
         event.listen(engine.sync_engine, "connect", _prepare_reader)
         return engine
 
