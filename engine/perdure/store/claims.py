@@ -125,10 +125,21 @@ def _due_at_once(tx: Transaction, scope: Scope) -> dict[str, tuple[int, Submitte
 
 def _due_tasks(tx: Transaction, scope: Scope, limit: int) -> list[tuple[str, int]]:
     """Return what was submitted before: task and priority, in the order of being served."""
-    rules = scope.rules()
-    statement = _due(tuple(rule.field for rule, _values in rules))
-    rows = statement.rows(tx.connection, tx.at, limit, *(values for _rule, values in rules))
+    fields, values = _restrictions(scope)
+    rows = _due(fields).rows(tx.connection, tx.at, limit, *values)
     return [(task_id, priority) for task_id, priority in rows]
+
+
+def _restrictions(scope: Scope) -> tuple[tuple[str, ...], list[Any]]:
+    """Return the fields of a scope that restrict something, and their values."""
+    rules = scope.rules()
+    return tuple(rule.field for rule, _values in rules), [values for _rule, values in rules]
+
+
+def _pending(fields: tuple[str, ...]) -> list[sa.ColumnElement[bool]]:
+    """Return what holds of what waits in such scopes: each field is a parameter of its name."""
+    pending = tasks.c.status == sa.literal_column("'pending'")  # so that its index can be used
+    return [pending, *(rule.condition_on_parameter() for rule in RULES if rule.field in fields)]
 
 
 @cache
@@ -137,9 +148,8 @@ def _due(fields: tuple[str, ...]) -> Statement:
     return Statement(
         sa.select(tasks.c.task_id, tasks.c.priority)
         .where(
-            tasks.c.status == sa.literal_column("'pending'"),  # so that its index can be used
             tasks.c.available_at <= sa.bindparam("now", type_=tasks.c.available_at.type),
-            *(rule.condition_on_parameter() for rule in RULES if rule.field in fields),
+            *_pending(fields),
         )
         .join(streams, streams.c.stream_id == tasks.c.stream_id)
         .order_by(tasks.c.priority, tasks.c.stream_id)
@@ -206,20 +216,25 @@ def _submitted(
 
 async def next_due(database: Database, scope: Scope) -> datetime | None:
     """Return when the next pending task of the scope may begin; None where none is pending."""
-    rows = await database.rows(_next_due(scope))
-    due: datetime | None = rows[0]["due"]
+    fields, values = _restrictions(scope)
+    (row,) = await database.fetch(_next_due(fields), *values)
+    due: datetime | None = row["due"]
     return due
 
 
 def next_due_in(tx: Transaction, scope: Scope) -> datetime | None:
     """Do as `next_due`, in a transaction."""
-    due: datetime | None = tx.connection.scalar(_next_due(scope))
-    return due
+    fields, values = _restrictions(scope)
+    ((due,),) = _next_due(fields).rows(tx.connection, *values)
+    found: datetime | None = due
+    return found
 
 
-def _next_due(scope: Scope) -> sa.Select[Any]:
+@cache
+def _next_due(fields: tuple[str, ...]) -> Statement:
+    """Return the statement for the next task in scopes in which these fields restrict something."""
     first = sa.func.min(tasks.c.available_at, type_=tasks.c.available_at.type)
-    return sa.select(first.label("due")).where(tasks.c.status == "pending", *scope.conditions())
+    return Statement(sa.select(first.label("due")).where(*_pending(fields)), fields)
 
 
 async def unfinished(database: Database, scope: Scope) -> int:
