@@ -50,7 +50,7 @@ from perdure.store.transaction import Transaction
 from perdure.streaming import TextChunk
 from perdure.submission import Prepared, Submission, check_is_task, prepare, submit
 from perdure.task import Result, Task, TaskStatus
-from perdure.text import clean_text
+from perdure.text import clean_text, is_storable
 from perdure.worker import Worker, WorkerSettings
 
 __all__ = ["Engine", "default_database", "execute", "whoami"]
@@ -310,6 +310,7 @@ class Engine:
             TimeoutError: It hasn't ended in that time.
         """
         self._require_open()
+        _check_can_be(task_id)
         self._background.revive()
         at_hand: Ended | None = None
         ending = self.log.feed.ending(task_id)
@@ -366,6 +367,7 @@ class Engine:
             TaskArchived: They are in an archive.
         """
         self._require_open()
+        _check_can_be(task_id)
         self._background.revive()
 
         async def has_ended() -> bool:
@@ -443,6 +445,7 @@ class Engine:
             TaskArchived: They are in an archive.
         """
         self._require_open()
+        _check_can_be(task_id)
         found = await read_events(self.database, task_id)
         if not found:
             raise TaskNotFound(task_id)
@@ -567,6 +570,12 @@ class Engine:
 def _check_is(name: str, given: object, kind: type) -> None:
     if given is not None and not isinstance(given, kind):
         raise InvalidConfig(f"{name}: give a {kind.__name__}, not {given!r:.80}")
+
+
+def _check_can_be(task_id: str) -> None:
+    """Raise `TaskNotFound` for what is in no database, and would spoil what is asked with it."""
+    if not is_storable(task_id):
+        raise TaskNotFound(task_id)
 
 
 def _who_and_why(by: str | None, reason: str | None) -> tuple[str, str | None]:

@@ -14,6 +14,7 @@ __all__ = [
     "check_text",
     "clean_json",
     "clean_text",
+    "is_storable",
     "one_line",
     "printable",
 ]
@@ -39,6 +40,11 @@ def check_text(text: str) -> str:
         return text
     what = "a NUL character" if found[0] == "\x00" else "a lone surrogate (invalid UTF-8)"
     raise ValueError(f"contains {what} at character {found.start()}; remove it")
+
+
+def is_storable(value: object) -> bool:
+    """Return whether ``value`` is text that can be in a database, so that one can ask for it."""
+    return isinstance(value, str) and _UNSTORABLE.search(value) is None
 
 
 def clean_text(text: str) -> str:

@@ -124,6 +124,25 @@ async def test_an_unknown_task_is_unknown(db: Path) -> None:
     assert count_events(db) == 0
 
 
+@pytest.mark.parametrize("odd", ["\udcff", "a\x00b", 7, b"a", None])
+async def test_what_can_be_no_task_is_unknown(db: Path, odd: Any) -> None:
+    """It is no error of the database, and no trouble for who asks at the same time."""
+    async with engine_on(db, run=False) as engine:
+        task_id = await engine.submit_task(ASK)
+        looking = await asyncio.gather(engine.get_status(odd), engine.get_status(task_id))
+        assert looking == [TaskStatus.UNKNOWN, TaskStatus.PENDING]
+        cancelling = await asyncio.gather(engine.cancel_task(odd), engine.cancel_task(task_id))
+        assert cancelling == [False, True]
+        for ask in (
+            *(engine.get_result, engine.get_task, engine.get_events, engine.get_definition),
+            *(engine.retry_task, engine.redact_task),
+        ):
+            with pytest.raises(TaskNotFound):
+                await ask(odd)
+        with pytest.raises(TaskNotFound):
+            await collect_stream(engine.stream_result(odd))
+
+
 async def test_a_result_that_another_engine_brings_about(db: Path) -> None:
     """Who has submitted a task and nobody to tell it of its end meanwhile still gets the result."""
     async with engine_on(db, run=False) as here:

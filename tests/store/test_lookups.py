@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,15 @@ async def test_one_who_leaves_takes_nothing_from_the_others() -> None:
         await leaving
     shelf.open.set()
     assert await staying == 1
+
+
+@pytest.mark.parametrize("odd", ["\udcff", "a\x00b", 7, b"a", None, ["a"]])
+async def test_what_can_be_nowhere_spoils_no_query(odd: Any) -> None:
+    """It isn't asked for: databases refuse it, and with it all that is asked together."""
+    shelf = Shelf(a=1)
+    lookup = Lookup(shelf.fetch)
+    assert await asyncio.gather(lookup.get(odd), lookup.get("a")) == [None, 1]
+    assert shelf.queries == [["a"]]
 
 
 async def test_very_many() -> None:

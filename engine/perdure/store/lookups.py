@@ -12,6 +12,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Generic, TypeVar
 
+from perdure.text import is_storable
+
 __all__ = ["Lookup"]
 
 V = TypeVar("V")
@@ -37,6 +39,8 @@ class Lookup(Generic[V]):
         Raises:
             StoreError: The database can't be read.
         """
+        if not is_storable(key):  # it is nowhere, and would spoil the query for all others
+            return None
         future = self._waiting.get(key)
         if future is None:
             future = self._waiting[key] = asyncio.get_running_loop().create_future()

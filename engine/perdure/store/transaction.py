@@ -43,6 +43,7 @@ from perdure.store.bulk import Bulk
 from perdure.store.direct import Statement, is_among
 from perdure.store.projection import ChangingColumns, TaskFold, TaskRow
 from perdure.store.schema import blobs, events, log_head, streams, tasks
+from perdure.text import is_storable
 
 __all__ = ["FoldCache", "Transaction", "chunks_of"]
 
@@ -265,7 +266,9 @@ class Transaction:
         for task_id in task_ids:
             if task_id not in self._folds and task_id not in self._versions:
                 fold = self._cache.trusted(task_id)
-                if fold is None:
+                if fold is None and not is_storable(task_id):  # would spoil the query for others
+                    self._versions[task_id] = None
+                elif fold is None:
                     wanted.add(task_id)
                     only = only and self._cache.get(task_id) is not None
                 else:
