@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import math
 import re
 import sqlite3
@@ -16,13 +18,16 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
+from perdure.errors import StoreError
 from perdure.events import Completed
 from perdure.store import bulk, direct
 from perdure.store.bulk import Bulk
 from perdure.store.database import Database
 from perdure.store.direct import Statement, has_one_of, is_among
+from perdure.store.records import Records
 from perdure.store.schema import blobs, events, streams, tasks
-from store.backends import Store
+from perdure.task import TaskStatus
+from store.backends import Store, opened
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 _STREAMS = Statement(
@@ -261,3 +266,36 @@ async def test_a_fetch_goes_to_the_reading_thread_once(
         assert ways == 1
     finally:
         await database.close()
+
+
+async def test_a_read_that_fails_holds_no_state_of_the_database(
+    make_database: Callable[[], Path],
+) -> None:
+    """Who keeps its error keeps neither later reads in the past, nor what was erased on disk."""
+    path = make_database()
+    async with opened(str(path)) as store:
+        await store.start("good")
+        await store.submit("bad")
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("UPDATE tasks SET prompt = CAST(x'ff' AS TEXT) WHERE task_id = 'bad'")
+            asked = Statement(sa.select(tasks.c.status, tasks.c.prompt))
+            with pytest.raises(StoreError) as kept:
+                await store.database.fetch(asked)
+            await store.log.append("good", [Completed()], 2)
+            status = Statement(sa.select(tasks.c.status).where(tasks.c.task_id == "good"))
+            assert await store.database.fetch(status) == [{"status": "completed"}]
+            with pytest.raises(StoreError):
+                await store.database.fetch(asked)
+            busy, *_ = other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            assert not busy
+            assert kept.value.__cause__ is not None
+
+
+async def test_names_of_a_kind_of_their_own(store: Store) -> None:
+    """A text is what it is, also where it shows itself as something else."""
+
+    class Name(str, enum.Enum):  # noqa: UP042 - StrEnum shows itself as its text
+        A = "a task"
+
+    await store.submit("a task")
+    assert await Records(store.database).status(Name.A) is TaskStatus.PENDING

@@ -7,12 +7,13 @@ without it, what a lone append takes beyond its commit takes half as long.
 SQLite's driver gives other threads a turn at each statement and at each row, and then has to wait
 for its own: where the event loop is busy, for milliseconds. So there many rows are written by one
 statement, and read as one. What is read for the event loop goes to the reading thread once, where
-SQLAlchemy would go there three times.
+SQLAlchemy would go there five times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -100,7 +101,12 @@ class Statement:
         found: Iterable[Sequence[Any]]
         if connection.dialect.name == "sqlite":
             raw: Any = await connection.get_raw_connection()
-            found = await raw.driver_connection.execute_fetchall(compiled.sql, parameters)
+            try:
+                found = await raw.driver_connection.execute_fetchall(compiled.sql, parameters)
+            except Exception as error:
+                # Whoever keeps it would keep the cursor, and the connection in the past.
+                clear_frames(error.__traceback__)
+                raise
         else:
             found = await connection.exec_driver_sql(compiled.sql, parameters)
         rows = compiled.processed(list(found))
@@ -250,7 +256,8 @@ class _Listed(TypeDecorator[Sequence[Any]]):
 def _element(value: object) -> str:
     if isinstance(value, int):
         return str(value)
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    text = value if isinstance(value, str) else str(value)  # a subclass may show itself otherwise
+    text = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{text}"'
 
 
