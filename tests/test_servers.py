@@ -12,11 +12,11 @@ import pytest
 from servers.chat import ChatServer
 
 
-@pytest.mark.parametrize("turns", range(20))
-def test_a_server_that_ends_drops_who_is_just_coming(turns: int) -> None:
+@pytest.mark.parametrize("clients", range(20))
+def test_a_server_that_ends_drops_who_is_just_coming(clients: int) -> None:
     """Connections that it hadn't seen when it was stopped are closed, too."""
     with ChatServer() as server:
-        coming = [_connect(server) for _ in range(turns)]
+        coming = [_connect(server) for _ in range(clients)]
     for client in coming:
         client.settimeout(10)
         try:
