@@ -14,7 +14,7 @@ from benchmarks.machine import resident_mb
 from perdure import Engine, Task
 from perdure.adapter import Call, Capabilities
 from perdure.events import Chunk, Completed, Event
-from perdure.worker import WorkerSettings
+from perdure.settings import WorkerSettings
 
 
 class Held:

@@ -15,8 +15,8 @@ from benchmarks.tasking import OneChunk
 from perdure import Engine
 from perdure.batch import Intake
 from perdure.batch.reading import RawRow
+from perdure.settings import WorkerSettings
 from perdure.store.claims import Scope
-from perdure.worker import WorkerSettings
 
 
 def _rows(count: int) -> Iterator[RawRow]:

@@ -19,7 +19,7 @@ from typing import Any
 from perdure import Engine, Task
 from perdure.adapter import Call, Capabilities
 from perdure.events import Chunk, Completed, Event
-from perdure.worker import WorkerSettings
+from perdure.settings import WorkerSettings
 
 __all__ = ["OneChunk", "clients"]
 

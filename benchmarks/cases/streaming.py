@@ -18,7 +18,7 @@ from benchmarks.clients import Client, usable
 from benchmarks.measuring import Row, Target, samples
 from benchmarks.session import Session
 from perdure import Engine, Task
-from perdure.worker import WorkerSettings
+from perdure.settings import WorkerSettings
 
 STREAMS: Final = 200
 

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
         Resume,
     )
     from perdure.appending import Timing
-    from perdure.engine import (
-        Engine,
-        execute,
-    )
+    from perdure.blocking import execute
+    from perdure.engine import Engine
     from perdure.errors import (
         AuthenticationFailed,
         ConcurrencyError,
@@ -74,6 +72,9 @@ if TYPE_CHECKING:
     from perdure.policy import (
         RetryPolicy,
     )
+    from perdure.settings import (
+        WorkerSettings,
+    )
     from perdure.store.claims import (
         Scope,
     )
@@ -101,9 +102,6 @@ if TYPE_CHECKING:
         Tool,
         ToolCall,
         Usage,
-    )
-    from perdure.worker import (
-        WorkerSettings,
     )
 
 __all__ = [
@@ -185,10 +183,8 @@ _HOMES = {
         "Resume",
     ),
     "perdure.appending": ("Timing",),
-    "perdure.engine": (
-        "Engine",
-        "execute",
-    ),
+    "perdure.blocking": ("execute",),
+    "perdure.engine": ("Engine",),
     "perdure.errors": (
         "AuthenticationFailed",
         "ConcurrencyError",
@@ -232,6 +228,7 @@ _HOMES = {
         "UsageReported",
     ),
     "perdure.policy": ("RetryPolicy",),
+    "perdure.settings": ("WorkerSettings",),
     "perdure.store.claims": ("Scope",),
     "perdure.store.records": (
         "TaskFilter",
@@ -256,7 +253,6 @@ _HOMES = {
         "ToolCall",
         "Usage",
     ),
-    "perdure.worker": ("WorkerSettings",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -95,6 +95,7 @@ class Attempt:
         self._appender = Appender(log, claimed, self._gathered, timing=timing, reason=self._reason)
         self._accepted = claimed.state.accepted
         self._reading: asyncio.Task[None] | None = None
+        self._asked = False  # whether the platform may have been
         self._end_event: Completed | None = None
         self._error: BaseException | None = None
         self._closing = False
@@ -144,6 +145,7 @@ class Attempt:
         """Read the adapter's stream to its end, and close it; what it came to is noted."""
         stream: AsyncGenerator[Event, None] | None = None
         try:
+            self._asked = True
             stream = self._adapter.run(self._call)
             self._end_event = await self._read_events(stream)
         except (KeyboardInterrupt, SystemExit):
@@ -243,14 +245,24 @@ class Attempt:
     async def _hand_back(self) -> None:
         constraints = self._call.task.limits.model_dump(mode="json")
         spent = self._spent()
+        ended = False
 
         def back(state: TaskState) -> Sequence[Event]:
-            return after_interruption(
-                state, constraints, policy=self._retry, handed_back=True, spent=spent
+            nonlocal ended
+            following = after_interruption(
+                state,
+                constraints,
+                policy=self._retry,
+                handed_back=True,
+                asked=self._asked,
+                spent=spent,
             )
+            ended = following[-1].ends_task
+            return following
 
         await self._appender.catch_up()  # it is decided by what there is to go on from
-        await self._appender.append_ending(back)
+        if await self._appender.append_ending(back) and ended:  # as its cancellation was asked for
+            await self._stop_platform()
 
     async def _stop_platform(self) -> None:
         """Stop work that goes on at the platform without us, where it has such."""
@@ -359,6 +371,11 @@ class Attempt:
             picked_up = isinstance(event, AttemptFailed) and event.next == "reattach"
             return (event,)
 
+        accepted = self._accepted
+        if accepted is not None and accepted.reattachable and not error.response_over:
+            await (
+                self._appender.catch_up()
+            )  # if it is picked up, nothing else says what it has used
         written = await self._appender.append_ending(failed)
         # Nobody will ever ask for what it goes on with, unless the task has another owner now.
         if written and not picked_up and not error.response_over:

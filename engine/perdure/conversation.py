@@ -9,7 +9,7 @@ from perdure.task import Message, Task, TaskStatus
 __all__ = ["go_on"]
 
 
-def go_on(task: Task, before: TaskRecord, asked: Task) -> Task:
+def go_on(task: Task, before: TaskRecord, asked: Task, first: str) -> Task:
     """Return ``task`` with the turns before it, and with what it leaves to the task before it.
 
     The facts and files of the earlier question go along again; platform, model and system prompt
@@ -19,6 +19,7 @@ def go_on(task: Task, before: TaskRecord, asked: Task) -> Task:
         task: The new task, whose `continue_from` names the one before.
         before: That one's row.
         asked: What was asked in it, its own earlier turns included.
+        first: The platform that it was meant for, whatever other one it fell back to.
 
     Raises:
         InvalidTask: There is nothing to go on from.
@@ -35,9 +36,9 @@ def go_on(task: Task, before: TaskRecord, asked: Task) -> Task:
     question = asked.messages or (Message(role="user", content=asked.prompt),)
     answer = Message(role="assistant", content=before.output or "")
     new = task.messages or (Message(role="user", content=task.prompt),)
+    platform = task.platform or before.platform
     # A model's name means something on its own platform only.
-    elsewhere = task.platform not in (None, before.platform)
-    model = task.limits.model or (None if elsewhere else asked.limits.model)
+    model = task.limits.model or (asked.limits.model if platform == first else None)
     return task.model_copy(
         update={
             "prompt": "",
@@ -45,7 +46,7 @@ def go_on(task: Task, before: TaskRecord, asked: Task) -> Task:
             "system": task.system if task.system is not None else asked.system,
             "context": {**asked.context, **task.context},
             "files": (*asked.files, *task.files),
-            "platform": task.platform or before.platform,
+            "platform": platform,
             "constraints": task.limits.model_copy(update={"model": model})
             if model is not None
             else task.constraints,

@@ -7,7 +7,6 @@ import getpass
 import os
 import socket
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -15,22 +14,22 @@ from typing import Any, Self
 
 from perdure.adapter import Adapter
 from perdure.background import Background
+from perdure.cancellation import cancel
 from perdure.config import load_config
 from perdure.conversation import go_on
 from perdure.errors import (
     EngineClosed,
     InvalidConfig,
     InvalidTask,
-    InvalidTransition,
     PerdureError,
-    RunningLoop,
     TaskArchived,
     TaskNotFound,
 )
-from perdure.events import Archived, Cancelled, CancelRequested, Chunk, RecordedEvent, Running
-from perdure.lifecycle import TaskState
+from perdure.events import Archived, Chunk, RecordedEvent, Running
+from perdure.ids import retry_key
 from perdure.platforms import Platforms, check_adapters
 from perdure.results import make_result
+from perdure.settings import WorkerSettings
 from perdure.stopping import Stop
 from perdure.store.archive import ArchiveReport, Stages, archive
 from perdure.store.begun import Ended
@@ -46,14 +45,13 @@ from perdure.store.records import (
     read_events,
 )
 from perdure.store.redaction import redact
-from perdure.store.transaction import Transaction
 from perdure.streaming import TextChunk
 from perdure.submission import Prepared, Submission, check_is_task, prepare, submit
 from perdure.task import Result, Task, TaskStatus
 from perdure.text import clean_text, is_storable
-from perdure.worker import Worker, WorkerSettings
+from perdure.worker import Worker
 
-__all__ = ["Engine", "default_database", "execute", "whoami"]
+__all__ = ["Engine", "default_database", "whoami"]
 
 
 def whoami() -> str:
@@ -288,7 +286,8 @@ class Engine:
     async def _continued(self, task: Task, earlier: str) -> Task:
         try:
             before = await self.get_task(earlier)
-            return go_on(task, before, await self._records.task(earlier))
+            asked, platforms = await self._records.asked(earlier)
+            return go_on(task, before, asked, platforms[0])
         except TaskNotFound:
             raise InvalidTask(f"continue_from: there is no task {earlier!r}") from None
 
@@ -390,31 +389,11 @@ class Engine:
             nothing is written, when it had ended, was being cancelled already, or doesn't exist.
         """
         self._require_open()
-        by, reason = _who_and_why(by, reason)
-        left: list[tuple[str, str]] = []
-
-        def cancel(tx: Transaction) -> bool:
-            fold = tx.fold(task_id)
-            if fold is None:
-                return False
-            left[:] = _left_running(fold.state)
-            pending = fold.state.status is TaskStatus.PENDING
-            event = (
-                Cancelled(by=by, reason=reason, output_length=fold.state.length())
-                if pending
-                else CancelRequested(by=by, reason=reason)
-            )
-            try:
-                tx.append(task_id, (event,), fold.version)
-            except InvalidTransition:
-                return False
-            return True
-
-        cancelled = await self.log.write(cancel, (task_id,))
-        if cancelled:
-            for platform, response_id in left:
-                await self.platforms.stop(platform, response_id)
-        return cancelled
+        who, why = _who_and_why(by, reason)
+        done = await self.log.write(lambda tx: cancel(tx, task_id, who, why), (task_id,))
+        if done.left is not None:
+            await self.platforms.stop(*done.left)
+        return done.written
 
     # -- looking things up -----------------------------------------------------------------------
 
@@ -482,13 +461,13 @@ class Engine:
             raise TaskArchived(task_id, record.archived)
         if record.prompt is None:
             raise InvalidTask(f"{task_id} was redacted: there is nothing left to run again")
-        task = await self._records.task(task_id)
+        task, platforms = await self._records.asked(task_id)
         again = task.model_copy(
             update={
                 "task_id": None,
                 "retry_of": task_id,
-                "key": f"retry:{task_id}",
-                "platform": task.platform or record.platform,
+                "key": retry_key(task_id),
+                "platform": task.platform or platforms[0],
             }
         )
         (outcome,) = await self.submit_tasks((again,))
@@ -581,44 +560,3 @@ def _check_can_be(task_id: str) -> None:
 def _who_and_why(by: str | None, reason: str | None) -> tuple[str, str | None]:
     """Return what goes into the log: nobody's name or reason keeps a task from being cancelled."""
     return clean_text(by or whoami()), None if reason is None else clean_text(reason)
-
-
-def _left_running(state: TaskState) -> list[tuple[str, str]]:
-    """Return platform and response of a call that goes on while nobody listens, if there is one."""
-    if state.status is not TaskStatus.PENDING or state.next_mode != "reattach":
-        return []
-    response_id = state.accepted.response_id if state.accepted is not None else None
-    return [(state.platform, response_id)] if response_id is not None else []
-
-
-def execute(
-    task: Task,
-    *,
-    url: str | os.PathLike[str] | None = None,
-    adapters: Sequence[Adapter] | None = None,
-    timeout: float | None = None,
-) -> Result:
-    """Run one task and wait for its result: the blocking form.
-
-    Args:
-        task: What to do.
-        url: The database; default: `PERDURE_DB`, or what `perdure.toml` says, or one per user.
-        adapters: Exactly these platforms; None takes the ones that are installed.
-        timeout: Seconds to wait at most; None waits without limit.
-
-    Raises:
-        RunningLoop: Called where an event loop is running; use `Engine` there.
-        TimeoutError: The task hasn't ended in that time; it can be resumed.
-    """
-    with suppress(RuntimeError):
-        asyncio.get_running_loop()
-        raise RunningLoop("execute() blocks, and an event loop is running here: use Engine instead")
-
-    async def run() -> Result:
-        scope = Scope(task_ids=frozenset())
-        async with Engine.open(url, adapters=adapters, scope=scope) as engine:
-            task_id = await engine.submit_task(task)
-            engine.worker.add_to_scope(task_id)
-            return await engine.get_result(task_id, timeout)
-
-    return asyncio.run(run())

@@ -1,4 +1,4 @@
-"""Names of tasks: `platform_yyyymmdd_uuid8`, as people read them."""
+"""Names of tasks, `platform_yyyymmdd_uuid8`, as people read them; and the key of a retry."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import random
 import time
 from datetime import date, datetime, timedelta
 from functools import lru_cache
+from typing import Final
 
-__all__ = ["generate_task_id"]
+__all__ = ["RETRY", "generate_task_id", "retry_key"]
+
+# No batch may be named so, for keys of its rows begin with its name.
+RETRY: Final = "retry"
 
 # Nobody has to be unable to guess an id, and asking the kernel for every one takes a tenth of the
 # time that a task takes. A generator of our own, so that nobody's `random.seed` repeats ids.
@@ -30,6 +34,11 @@ def generate_task_id(platform: str, at: datetime | None = None) -> str:
     """
     days = int((time.time() if at is None else at.timestamp()) // 86_400)
     return f"{platform}_{_date(days)}_{_chance.getrandbits(32):08x}"
+
+
+def retry_key(task_id: str) -> str:
+    """Return the key of the one task that runs this one again."""
+    return f"{RETRY}:{task_id}"
 
 
 @lru_cache(maxsize=8)

@@ -117,6 +117,16 @@ class TaskState(NamedTuple):
         """US dollars of all attempts; None as soon as one of them has no known price."""
         return None if self.unpriced else self.cost_usd
 
+    @property
+    def open_call(self) -> tuple[str, str] | None:
+        """Platform and id of a response that may go on without anybody listening."""
+        accepted = self.accepted
+        if accepted is None or not accepted.reattachable or accepted.response_id is None:
+            return None
+        if self.status is TaskStatus.PENDING and self.next_mode != "reattach":
+            return None  # it was given up, and what comes next is another one
+        return self.platform, accepted.response_id
+
     def length(self, kind: ChunkKind = "text") -> int:
         """Characters of output of that kind."""
         return self.lengths.get(kind, 0)

@@ -162,6 +162,7 @@ def after_interruption(
     *,
     policy: RetryPolicy,
     handed_back: bool = False,
+    asked: bool = True,
     spent: Spent | None = None,
 ) -> Sequence[Event]:
     """Return what becomes of a running task whose worker is gone or gives it back.
@@ -171,6 +172,7 @@ def after_interruption(
         constraints: Those of the task, as they are stored.
         policy: When to give up.
         handed_back: Whether its worker gives it back, and nothing was lost.
+        asked: Whether the platform may have been asked; else it can be as if for the first time.
         spent: What the attempt has used, where its worker can still say; else it is what the log
             says, and its price is unknown, as its outcome is.
     """
@@ -195,7 +197,7 @@ def after_interruption(
 
     if state.cancel is not None:
         return interrupted("cancel"), cancelled(state, used, state.length())
-    if worn_out or (recovery is Recovery.FAIL and not reattachable):
+    if worn_out or (recovery is Recovery.FAIL and asked and not reattachable):
         message = _lost_too_often(losses, policy) if worn_out else _not_again(handed_back)
         failed = Failed(
             error_class="Interrupted",

@@ -1,4 +1,4 @@
-"""A worker: claims due tasks, runs their attempts, shows that it lives, takes over from the dead.
+"""A worker: claims due tasks and runs their attempts, and is present among other workers.
 
 It keeps nothing that the database doesn't have: killed at any moment, another one goes on from the
 log.
@@ -9,15 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
-import secrets
 from collections.abc import Container, Coroutine
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-from perdure.appending import Timing
 from perdure.attempt import Attempt
 from perdure.calls import make_call
 from perdure.checking import Checker
@@ -26,8 +22,6 @@ from perdure.errors import (
     ConcurrencyError,
     DatabaseIncompatible,
     DatabaseUnavailable,
-    EngineClosed,
-    InvalidConfig,
     PerdureError,
     PlatformError,
     StoreError,
@@ -35,60 +29,19 @@ from perdure.errors import (
 )
 from perdure.pacing import CALM_SECONDS, Pace
 from perdure.platforms import Platforms
-from perdure.policy import RetryPolicy, Spent, after_failure, after_interruption
+from perdure.policy import Spent, after_failure, after_interruption
+from perdure.presence import Presence
+from perdure.settings import WorkerSettings
 from perdure.stopping import Stop
-from perdure.store import claims, liveness
+from perdure.store import claims
 from perdure.store.claims import Claimed, Scope
 from perdure.store.database import Database
-from perdure.store.liveness import Census
 from perdure.store.log import EventLog
 from perdure.store.scoping import NamedTasks, Unreadable
-from perdure.store.transaction import Transaction
 
-__all__ = ["Worker", "WorkerSettings"]
+__all__ = ["Worker"]
 
 _logger: Final = logging.getLogger("perdure")
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSettings:
-    """How a worker works.
-
-    Attributes:
-        concurrency: Most attempts at the same time.
-        heartbeat_seconds: How often a worker shows that it is alive.
-        lease_seconds: A worker that hasn't shown itself for so long has lost its tasks. One whose
-            process on this host is gone has lost them at once. More than `heartbeat_seconds`.
-        poll_seconds: How often an idle worker looks for tasks of other processes, where it isn't
-            told of them.
-        retry: What happens after errors.
-        timing: How attempts are paced.
-    """
-
-    concurrency: int = 8
-    heartbeat_seconds: float = 5.0
-    lease_seconds: float = 30.0
-    poll_seconds: float = 0.5
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
-    timing: Timing = field(default_factory=Timing)
-
-    def __post_init__(self) -> None:
-        """Refuse what would make a worker hang, or lose its tasks while it lives.
-
-        Raises:
-            InvalidConfig: The message names the field.
-        """
-        if self.concurrency < 1:
-            raise InvalidConfig(f"concurrency: {self.concurrency} attempts: give 1 or more")
-        for name in ("heartbeat_seconds", "lease_seconds", "poll_seconds"):
-            seconds = getattr(self, name)
-            if not 0 < seconds < math.inf:
-                raise InvalidConfig(f"{name}: {seconds:g} s: give more than 0 s")
-        if self.lease_seconds <= self.heartbeat_seconds:
-            raise InvalidConfig(
-                f"lease_seconds: {self.lease_seconds:g} s: give more than heartbeat_seconds, "
-                f"{self.heartbeat_seconds:g} s, best a few times as much"
-            )
 
 
 @dataclass(slots=True)
@@ -111,10 +64,6 @@ class _Run:
     in_progress: bool = False
 
 
-def _new_worker_id() -> str:
-    return f"worker_{secrets.token_hex(6)}"
-
-
 class Worker:
     """Runs tasks of one database in this process."""
 
@@ -127,7 +76,6 @@ class Worker:
         scope: Scope | None = None,
         settings: WorkerSettings | None = None,
     ) -> None:
-        self.worker_id = _new_worker_id()
         self.settings = settings or WorkerSettings()
         self._scope = scope or Scope()
         named = self._scope.task_ids
@@ -142,14 +90,19 @@ class Worker:
         self._checker = Checker()
         self._wake = asyncio.Event()
         self._pace = Pace(self.settings.poll_seconds, self.settings.lease_seconds)
-        self._expires = math.inf  # when, by the loop's clock, the next lease is over if not renewed
-        self._claimed = asyncio.Event()
+        self._presence = Presence(
+            database, log, self.settings, self._pace, platforms, self._unreadable
+        )
         self._claiming = asyncio.Lock()
         self._run = _Run()
         self._going = False
-        self._registered = False
 
     # -- the face --------------------------------------------------------------------------------
+
+    @property
+    def worker_id(self) -> str:
+        """Its name, for others and for the log."""
+        return self._presence.worker_id
 
     @property
     def scope(self) -> Scope:
@@ -234,11 +187,9 @@ class Worker:
         if run.in_progress:
             await self._start_over()
         run.in_progress = True
-        if not self._registered:
-            self._registered = True
-            await self._log.write(lambda tx: liveness.register_worker(tx, self.worker_id))
+        await self._presence.register()
         self._log.on_work(self._hear_of_work)
-        await self.recover_lost()
+        await self._presence.recover_lost()
         beating = asyncio.create_task(self._beat())
         try:
             try:
@@ -276,9 +227,7 @@ class Worker:
         """Take another name: what was running under the old one is lost, to be recovered."""
         if self._running:
             await asyncio.wait(set(self._running))
-        await self._log.write(lambda tx: liveness.forget_worker(tx, self.worker_id))
-        self.worker_id = _new_worker_id()
-        self._registered = False
+        await self._presence.take_new_name()
 
     async def cancel_running(self, why: Stop = Stop.HAND_BACK) -> None:
         """Stop what runs here: hand it back to be run later, or write it down as cancelled."""
@@ -296,10 +245,7 @@ class Worker:
         """Hand back what runs, and sign off."""
         await self.cancel_running()
         await self._checker.close()
-        if self._registered:
-            self._registered = False
-            with contextlib.suppress(StoreError, EngineClosed):
-                await self._log.write(lambda tx: liveness.forget_worker(tx, self.worker_id))
+        await self._presence.sign_off()
 
     # -- claiming --------------------------------------------------------------------------------
 
@@ -341,7 +287,7 @@ class Worker:
             seconds=asyncio.get_running_loop().time() - began,
         )
         if claimed:
-            self._claimed.set()
+            self._presence.note_claim()
         for one in claimed:
             running = asyncio.create_task(self._carry_out(one, head))
             self._running[running] = one.task_id
@@ -482,78 +428,32 @@ class Worker:
     async def _recover(self, claimed: Claimed) -> None:
         """Take over what this worker itself has given up."""
         decide = partial(after_interruption, policy=self.settings.retry)
-        await self._log.write(lambda tx: claims.recover_one(tx, claimed, decide))
+        left = await self._log.write(lambda tx: claims.recover_one(tx, claimed, decide))
+        if left is not None:
+            await self._platforms.stop(*left)
 
-    # -- being alive -----------------------------------------------------------------------------
+    # -- being present ---------------------------------------------------------------------------
+
+    async def recover_lost(self) -> int:
+        """Take over what lost workers had; returns how many tasks that were."""
+        taken = await self._presence.recover_lost()
+        await self._presence.calls_stopped()
+        return taken
 
     async def _beat(self) -> None:
         """Show that this worker is alive, and look for others that aren't."""
         while True:
-            await self._until_next_beat()
+            await self._presence.until_due(lambda: self._idle)
             try:
-                await self._show_itself()
+                # What is there to be claimed as well: a notification can get lost, or who listens.
+                news = await self._presence.show(None if self._running else self.scope)
             except Exception as error:  # noqa: BLE001 - `run` raises it
                 # The database may be back before what runs has ended. What others have taken over
                 # by then, for want of a sign of life, finds that out by itself.
                 if not (self._running and isinstance(error, DatabaseUnavailable)):
                     self._fail("the worker could not show that it is alive", error)
-                self._expires = math.inf
-
-    async def _show_itself(self) -> None:
-        # What is there to be claimed as well: a notification can get lost, or who listens for it.
-        scope = None if self._running else self.scope
-
-        def show(tx: Transaction) -> tuple[Census, datetime | None]:
-            census = liveness.beat_and_look(tx, self.worker_id, self._lease)
-            return census, None if scope is None else claims.next_due_in(tx, scope)
-
-        census, due = await self._log.write(show)
-        if await self._take_over(census):
-            self.wake()
-        if due is not None and due <= self._database.now + self._lease:
-            self._wake.set()
-
-    async def _until_next_beat(self) -> None:
-        """Wait for the next sign of life to be due, or for the end of somebody's lease."""
-        now = asyncio.get_running_loop().time
-        last = now()
-        while True:
-            self._claimed.clear()
-            pause = self.settings.heartbeat_seconds
-            if self._idle:
-                # Who has nothing to lose need not say that it lives, only before its lease is over.
-                pause = max(pause, self.settings.lease_seconds / 2)
-            if (left := min(last + pause, self._expires) - now()) <= 0:
-                return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._claimed.wait()
-
-    @property
-    def _lease(self) -> timedelta:
-        return timedelta(seconds=self.settings.lease_seconds)
-
-    async def recover_lost(self) -> int:
-        """Take over what lost workers had; returns how many tasks that were."""
-        census = await liveness.look_around(self._database, self._lease, self._database.now)
-        return await self._take_over(census)
-
-    async def _take_over(self, census: Census) -> int:
-        """Take over what lost workers had, and note when the next one may be lost."""
-        self._pace.workers = max(1, census.alive)
-        self._expires = math.inf
-        if census.expires is not None:
-            left = (census.expires - self._database.now).total_seconds()
-            self._expires = asyncio.get_running_loop().time() + left + self._pace.any_turn()
-        recovered = 0
-        for lost in census.lost:
-            if lost == self.worker_id:
                 continue
-            decide = partial(after_interruption, policy=self.settings.retry)
-            while taken := await self._log.write(
-                lambda tx, lost=lost, decide=decide: claims.recover(  # type: ignore[misc]
-                    tx, lost, decide, self._unreadable
-                )
-            ):
-                recovered += taken
-        return recovered
+            if news.taken_over:
+                self.wake()
+            elif news.due:
+                self._wake.set()

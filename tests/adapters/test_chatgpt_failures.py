@@ -37,7 +37,7 @@ from perdure.errors import (
 )
 from perdure.events import AttemptFailed, Chunk, Completed, Event
 from perdure.policy import RetryPolicy
-from perdure.worker import WorkerSettings
+from perdure.settings import WorkerSettings
 from servers.chat import nobody_listens
 from servers.responses import TEXT, ResponsesServer, Scenario, events
 

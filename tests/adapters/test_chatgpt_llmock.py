@@ -14,8 +14,8 @@ from perdure import Engine, Task, TaskConstraints
 from perdure.adapter import Call
 from perdure.errors import ConnectionLost, Overloaded, RateLimited, StreamTruncated
 from perdure.policy import RetryPolicy
+from perdure.settings import WorkerSettings
 from perdure.task import Tool
-from perdure.worker import WorkerSettings
 from perdure_adapters import ChatGPTAdapter
 from servers.llmock import LLMockServer, fail, reply, stream_fault
 

@@ -17,7 +17,7 @@ from agents import KEY, Stage, hurry, kill, scenario
 from perdure import Engine, Result, Task, TaskConstraints, TaskStatus
 from perdure.events import Accepted, AttemptFailed, Chunk, Interrupted
 from perdure.policy import RetryPolicy
-from perdure.worker import WorkerSettings
+from perdure.settings import WorkerSettings
 
 WORK = (
     {"say": "I write one."},

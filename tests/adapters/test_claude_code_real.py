@@ -20,7 +20,7 @@ from perdure.adapter import Resume
 from perdure.errors import AuthenticationFailed, StreamTruncated
 from perdure.events import Accepted, AttemptFailed, Chunk, Completed, Event, FileCreated
 from perdure.policy import RetryPolicy
-from perdure.worker import WorkerSettings
+from perdure.settings import WorkerSettings
 from perdure_adapters import ClaudeCodeAdapter
 from perdure_adapters._agent_process import Bookmark, end_leftover, process_started
 from servers.chat import Response, Seen

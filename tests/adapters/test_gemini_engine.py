@@ -13,8 +13,8 @@ from interacting import KEY, WAYS, adapter
 from perdure import Engine, Task, TaskConstraints, TaskStatus
 from perdure.events import Accepted, AttemptFailed
 from perdure.policy import RetryPolicy
+from perdure.settings import WorkerSettings
 from perdure.task import Result
-from perdure.worker import WorkerSettings
 from perdure_adapters import GeminiAdapter
 from servers.gemini import TEXT, GeminiServer, Scenario, generate_events, interaction_events
 from servers.llmock import LLMockServer, delay, fail, reply, stream_fault

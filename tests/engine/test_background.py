@@ -23,11 +23,11 @@ from perdure import (
     Task,
     TaskStatus,
 )
+from perdure.presence import News, Presence
 from perdure.stopping import Stop
 from perdure.store import claims
 from perdure.store.claims import Scope
 from perdure.testing import Hold, ScriptedAdapter
-from perdure.worker import Worker
 
 ASK: Final = Task(prompt="Say hello.", platform="scripted")
 
@@ -314,16 +314,16 @@ async def test_signs_of_life_that_fail_for_a_while_are_no_end(
     """As long as something runs here, the database may come back: new tasks run beside it."""
     hold = Hold()
     failed = asyncio.Event()
-    show = Worker._show_itself
+    show = Presence.show
 
-    async def noted(worker: Worker) -> None:
+    async def noted(presence: Presence, scope: Scope | None) -> News:
         try:
-            await show(worker)
+            return await show(presence, scope)
         except DatabaseUnavailable:
             failed.set()
             raise
 
-    monkeypatch.setattr(Worker, "_show_itself", noted)
+    monkeypatch.setattr(Presence, "show", noted)
     async with engine_on(db, long_and_short(hold)) as engine:
         away = cut_off(engine, monkeypatch)
         task_id = await begun(engine, hold)
@@ -346,21 +346,21 @@ async def test_what_is_claimed_while_a_sign_of_life_fails_gets_others(
         assert await answer(engine) == "short"
         await eventually(lambda: not engine.worker.running)
         claiming, may_claim, failed = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        claim, show = engine.log.write_last, Worker._show_itself
+        claim, show = engine.log.write_last, Presence.show
 
         async def slow_claim(work: Any) -> Any:
             claiming.set()
             await may_claim.wait()
             return await claim(work)
 
-        async def fails_once(worker: Worker) -> None:
+        async def fails_once(presence: Presence, scope: Scope | None) -> News:
             if claiming.is_set() and not failed.is_set():
                 failed.set()
                 raise DatabaseUnavailable("out of reach")
-            await show(worker)
+            return await show(presence, scope)
 
         monkeypatch.setattr(engine.log, "write_last", slow_claim)
-        monkeypatch.setattr(Worker, "_show_itself", fails_once)
+        monkeypatch.setattr(Presence, "show", fails_once)
         submitted = asyncio.create_task(begun(engine, hold))
         await failed.wait()
         may_claim.set()
@@ -449,15 +449,15 @@ async def test_signs_of_life_go_on_while_something_runs(
     db: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that fails is the worker's end, but not before what it runs has come to its own."""
-    show, left = Worker._show_itself, [1]
+    show, left = Presence.show, [1]
 
-    async def fails_once(worker: Worker) -> None:
-        if worker.running and left[0]:
+    async def fails_once(presence: Presence, scope: Scope | None) -> News:
+        if scope is None and left[0]:  # something runs
             left[0] -= 1
             raise LookupError("a bug")
-        await show(worker)
+        return await show(presence, scope)
 
-    monkeypatch.setattr(Worker, "_show_itself", fails_once)
+    monkeypatch.setattr(Presence, "show", fails_once)
     hold = Hold()
     async with engine_on(db, ScriptedAdapter("a", hold, "b", Completed())) as engine:
         task_id = await engine.submit_task(ASK)

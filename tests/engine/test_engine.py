@@ -600,6 +600,27 @@ async def test_the_next_platform_is_tried(db: Path) -> None:
     assert_sound(db)
 
 
+@pytest.mark.parametrize("named", [None, "one"])
+async def test_a_model_is_that_of_the_platform_it_was_named_for(
+    db: Path, named: str | None
+) -> None:
+    """What fell back is run again from the first platform on; who goes on asks the second one."""
+    answers = iter([[AuthenticationFailed("wrong key")], ["again", Completed()]])
+    first = ScriptedAdapter(per_call=lambda _call: next(answers), platform="one")
+    second = ScriptedAdapter("fine", Completed(), platform="two", default_model="m-two")
+    async with engine_on(db, first, second) as engine:
+        constraints = TaskConstraints(model="only-for-one")
+        task = Task(prompt="?", platform=named, fallbacks=("two",), constraints=constraints)
+        before = await engine.get_result(await engine.submit_task(task), 30)
+        assert (before.platform, before.model) == ("two", "m-two")
+        more = Task(prompt="And?", continue_from=before.task_id)
+        after = await engine.get_result(await engine.submit_task(more), 30)
+        assert (after.platform, after.model) == ("two", "m-two")
+        again = await engine.retry_task(before.task_id)
+        result = await engine.get_result(again.task_id, 30)
+        assert (result.platform, result.output, result.model) == ("one", "again", "only-for-one")
+
+
 async def test_when_all_platforms_fail_the_last_error_counts(db: Path) -> None:
     """A task whose last platform fails for good has failed."""
     one = ScriptedAdapter(AuthenticationFailed("first"), platform="one")

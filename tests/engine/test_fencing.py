@@ -50,7 +50,7 @@ def engine_on(db: Path, *adapters: Any, **changes: Any) -> Engine:
 
 async def declare_lost(engine: Engine, worker: str) -> int:
     """Take everything away from a worker, as another one does that finds it silent."""
-    return await engine.log.write(lambda tx: claims.recover(tx, worker, DECIDE))
+    return (await engine.log.write(lambda tx: claims.recover(tx, worker, DECIDE))).tasks
 
 
 async def test_a_worker_that_was_declared_lost_writes_nothing_more(db: Path) -> None:
@@ -184,7 +184,10 @@ async def test_a_short_lease_takes_a_silent_worker_over(db: Path) -> None:
         task_id = await first.submit_task(ASK)
         await hold.reached.wait()
         first.worker.stop_claiming()
-        async with engine_on(db, settings={"lease_seconds": 0.3}) as second:
+        await first.log.write(
+            lambda tx: tx.connection.exec_driver_sql("UPDATE workers SET lease_seconds = 0.3")
+        )
+        async with engine_on(db) as second:
             assert (await second.get_result(task_id, 30)).output == "Hello, world."
         await eventually(lambda: not silent.running)
     assert_sound(db)
@@ -195,10 +198,10 @@ async def test_a_worker_that_shows_itself_keeps_its_tasks(db: Path) -> None:
     hold = Hold()
     adapter = ScriptedAdapter(hold, "done", Completed())
     others = ScriptedAdapter()
-    async with engine_on(db, adapter, settings={"heartbeat_seconds": 0.05}) as first:
+    settings = {"lease_seconds": 4.0, "heartbeat_seconds": 0.05}
+    async with engine_on(db, adapter, settings=settings) as first:
         task_id = await first.submit_task(ASK)
         await hold.reached.wait()
-        settings = {"lease_seconds": 4.0, "heartbeat_seconds": 0.02}
         async with engine_on(db, others, settings=settings):
             await asyncio.sleep(4.5)
         hold.release()

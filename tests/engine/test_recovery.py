@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from harness import (
     FAST,
     Child,
@@ -39,9 +41,11 @@ from perdure import (
     UsageReported,
     collect_stream,
 )
+from perdure.calls import make_call
 from perdure.policy import RetryPolicy
 from perdure.store import claims, liveness
 from perdure.store.claims import Scope
+from perdure.store.schema import workers
 from perdure.store.transaction import Transaction
 from perdure.testing import Hold, ScriptedAdapter
 from perdure_adapters import DemoAdapter
@@ -292,6 +296,45 @@ async def test_a_picked_up_call_that_fails_begins_anew(db: Path) -> None:
     assert_sound(db)
 
 
+async def test_a_call_that_nobody_wants_any_more_is_stopped(db: Path) -> None:
+    """Its worker is gone, and it was cancelled: it doesn't go on at the platform unheard."""
+    begun = Accepted(response_id="resp_1", reattachable=True)
+    task_id = await abandoned(db, begun, Chunk(text="one "))
+    adapter = ScriptedAdapter()
+    async with engine_on(db, adapter, run=False) as engine:
+        assert await engine.cancel_task(task_id)
+        assert adapter.stopped == []
+        assert await engine.recover_lost() == 1
+        result = await engine.get_result(task_id, 30)
+    assert (result.status, result.partial_output) == (TaskStatus.CANCELLED, "one ")
+    assert adapter.stopped == ["resp_1"]
+    assert_sound(db)
+
+
+async def test_a_platform_that_does_not_stop_holds_nobody_up(db: Path) -> None:
+    """Whoever takes over runs what there is meanwhile."""
+    reached = asyncio.Event()
+
+    class Stubborn(ScriptedAdapter):
+        async def stop(self, response_id: str) -> None:
+            reached.set()
+            await super().stop(response_id)
+            await asyncio.Event().wait()
+
+    begun = Accepted(response_id="resp_1", reattachable=True)
+    task_id = await abandoned(db, begun)
+    async with engine_on(db, run=False) as engine:
+        await engine.cancel_task(task_id)
+    adapter = Stubborn()
+    async with engine_on(db, adapter) as engine:
+        await eventually(reached.is_set)
+        assert (await engine.get_result(await engine.submit_task(Task(prompt="?")), 30)).success
+        assert engine.worker._presence._stopping
+        for stopping in tuple(engine.worker._presence._stopping):
+            stopping.cancel()
+    assert adapter.stopped == ["resp_1"]
+
+
 async def abandoned(db: Path, *events: Any, constraints: TaskConstraints | None = None) -> str:
     """Write down a task whose worker came so far and was never heard of again."""
     async with engine_on(db, run=False) as engine:
@@ -313,6 +356,32 @@ async def abandoned(db: Path, *events: Any, constraints: TaskConstraints | None 
 
 
 # -- how soon, and how often -----------------------------------------------------------------------
+
+
+async def test_a_sign_of_life_holds_as_long_as_its_worker_says(db: Path) -> None:
+    """Whoever looks goes by the other one's lease, not by its own, which may be shorter."""
+    hold = Hold()
+    patient = {"heartbeat_seconds": 3600.0, "lease_seconds": 7200.0}
+    first = ScriptedAdapter("one", hold, Completed())
+    async with engine_on(db, first, settings=patient) as engine:
+        task_id = await engine.submit_task(Task(prompt="?"))
+        await hold.reached.wait()
+        engine.worker.stop_claiming()
+        async with engine_on(db, run=False, settings={"lease_seconds": 1.0}) as other:
+
+            def be_silent(tx: Transaction) -> None:
+                moment = tx.at - timedelta(seconds=60)
+                tx.connection.execute(sa.update(workers).values(heartbeat_at=moment))
+
+            await other.log.write(be_silent)
+            assert await other.recover_lost() == 0
+            await other.log.write(  # as one of an older perdure
+                lambda tx: tx.connection.exec_driver_sql("UPDATE workers SET lease_seconds = NULL")
+            )
+            assert await other.recover_lost() == 1
+        hold.release()
+    assert len(of_type(db, task_id, "interrupted")) == 1
+    assert_sound(db)
 
 
 async def test_a_dead_process_of_this_host_is_noticed_at_once(db: Path, nursery: Nursery) -> None:
@@ -361,10 +430,13 @@ async def test_a_living_process_elsewhere_is_waited_for(
             lambda tx: tx.connection.exec_driver_sql("UPDATE workers SET pid = 2147483646")
         )
         monkeypatch.setattr(liveness, "host_name", real)
-        async with engine_on(db, settings={"lease_seconds": 3600}):
+        async with engine_on(db):
             await asyncio.sleep(0.5)
             assert of_type(db, task_id, "interrupted") == []
-        async with engine_on(db, settings={"lease_seconds": 0.3}) as other:
+        await engine.log.write(
+            lambda tx: tx.connection.exec_driver_sql("UPDATE workers SET lease_seconds = 0.3")
+        )
+        async with engine_on(db) as other:
             assert (await other.get_result(task_id, 30)).success
     assert_sound(db)
 
@@ -484,6 +556,58 @@ async def test_closing_fails_what_may_not_be_asked_again(db: Path) -> None:
     assert (result.status, result.error_class) == (TaskStatus.FAILED, "Interrupted")
     assert str(result.error).startswith("it was handed back by its worker")
     assert (result.partial_output, result.cost, result.tokens_used) == ("one", cost, 1500)
+    assert_sound(db)
+
+
+async def test_closing_before_the_platform_was_asked(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No call was made: the task can be run, whatever it says of calls that were lost."""
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(database: Any, claimed: Any) -> Any:
+        reached.set()
+        await go_on.wait()
+        return await make_call(database, claimed)
+
+    adapter = ScriptedAdapter()
+    constraints = TaskConstraints(recovery=Recovery.FAIL)
+    with monkeypatch.context() as patching:
+        patching.setattr("perdure.worker.make_call", slow)
+        async with engine_on(db, adapter) as engine:
+            task_id = await engine.submit_task(Task(prompt="?", constraints=constraints))
+            await reached.wait()
+            closing = asyncio.create_task(engine.close())
+            await eventually(lambda: engine.worker.stopping)
+            go_on.set()
+            await closing
+    assert adapter.calls == []
+    async with engine_on(db, adapter) as engine:
+        result = await engine.get_result(task_id, 30)
+    assert (result.success, result.attempts) == (True, 2)
+    assert_sound(db)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_what_was_used_before_a_lost_connection_is_known(db: Path, cancelled: bool) -> None:
+    """The call may be picked up, and told again what it used; or never, as after a cancellation."""
+    rarely = {
+        "timing": replace(FAST.timing, usage_interval=60.0),
+        "retry": RetryPolicy(base_seconds=3600.0 if cancelled else 0.01, cap_seconds=3600.0),
+    }
+    begun = Accepted(response_id="resp_1", reattachable=True)
+    usage = (UsageReported(usage=SOME), 0.1, UsageReported(usage=MORE))
+    answers = iter([[begun, "one ", *usage, ConnectionLost("gone")], ["two", Completed()]])
+    adapter = ScriptedAdapter(per_call=lambda _call: next(answers))
+    async with engine_on(db, adapter, settings=rarely) as engine:
+        task_id = await engine.submit_task(Task(prompt="?"))
+        await eventually(lambda: of_type(db, task_id, "attempt_failed"))
+        if cancelled:
+            assert await engine.cancel_task(task_id)
+        result = await engine.get_result(task_id, 30)
+    assert of_type(db, task_id, "attempt_failed")[0]["next"] == "reattach"
+    assert result.status is (TaskStatus.CANCELLED if cancelled else TaskStatus.COMPLETED)
+    assert (result.usage.input_tokens, result.usage.output_tokens) == (1000, 500)
     assert_sound(db)
 
 

@@ -578,10 +578,10 @@ class TwoEngines(RuleBasedStateMachine):
         """Take everything from a worker."""
         decide = partial(after_interruption, policy=POLICY)
         mine = [t for t in self.tasks.values() if t.owner == worker]
-        assert self.write(node, lambda tx: claims.recover(tx, worker, decide)) == len(mine)
+        assert self.write(node, lambda tx: claims.recover(tx, worker, decide)).tasks == len(mine)
         for task in mine:
             self.interrupted(task, handed_back=False)
-        assert self.write(node, lambda tx: claims.recover(tx, worker, decide)) == 0
+        assert self.write(node, lambda tx: claims.recover(tx, worker, decide)).tasks == 0
         # It may come back, and then has to make itself known again.
         self.workers.pop(worker, None)
 

@@ -95,7 +95,10 @@ async def test_what_a_lost_worker_had(db: Path) -> None:
         await eventually(lambda: count_events(db, "running") == 2)
         append_newer(str(db), unreadable)
         lost.worker.stop_claiming()
-        async with engine_on(db, settings={"lease_seconds": 0.3}) as engine:
+        await lost.log.write(
+            lambda tx: tx.connection.exec_driver_sql("UPDATE workers SET lease_seconds = 0.3")
+        )
+        async with engine_on(db) as engine:
             assert (await engine.get_result(task_id, 30)).success
             assert await engine.recover_lost() == 0
             assert await engine.get_status(unreadable) is TaskStatus.RUNNING

@@ -11,8 +11,9 @@ import pytest
 from harness import FAST
 
 from perdure import Engine, InvalidConfig, StoreError, Task, Timing, WorkerSettings
+from perdure.presence import News, Presence
+from perdure.store.claims import Scope
 from perdure.testing import ScriptedAdapter
-from perdure.worker import Worker
 
 # -- settings --------------------------------------------------------------------------------------
 
@@ -21,6 +22,10 @@ from perdure.worker import Worker
     ("wrong", "said"),
     [
         ({"concurrency": 0}, "concurrency: 0 attempts: give 1 or more"),
+        ({"concurrency": 2.5}, "concurrency: give a whole number, not 2.5"),
+        ({"concurrency": True}, "concurrency: give a whole number, not True"),
+        ({"poll_seconds": "1"}, "poll_seconds: give seconds, not '1'"),
+        ({"lease_seconds": None}, "lease_seconds: give seconds, not None"),
         ({"concurrency": -1}, "concurrency: -1 attempts: give 1 or more"),
         ({"heartbeat_seconds": 0}, "heartbeat_seconds: 0 s: give more than 0 s"),
         ({"poll_seconds": -0.5}, "poll_seconds: -0.5 s: give more than 0 s"),
@@ -65,11 +70,11 @@ async def test_without_signs_of_life_it_ends(
     """Whatever the reason: it doesn't go on claiming tasks that will be taken from it."""
     shown = asyncio.Event()
 
-    async def broken(_self: Worker) -> None:
+    async def broken(_presence: Presence, _scope: Scope | None) -> News:
         shown.set()
         raise LookupError("a bug")
 
-    monkeypatch.setattr(Worker, "_show_itself", broken)
+    monkeypatch.setattr(Presence, "show", broken)
     async with Engine.open(db, adapters=[ScriptedAdapter()], settings=FAST, run=False) as engine:
         working = asyncio.create_task(engine.worker.run())
         with pytest.raises(StoreError, match="that it is alive: LookupError: a bug"):

@@ -147,7 +147,7 @@ async def test_what_can_not_be_read_is_left_alone(store: Store, database_url: st
     ]
 
     def recover(tx: Transaction) -> int:
-        return claims.recover(tx, "w", lambda _state, _asked: [INTERRUPTED], unreadable)
+        return claims.recover(tx, "w", lambda _state, _asked: [INTERRUPTED], unreadable).tasks
 
     assert [await store.log.write(recover) for _ in range(2)] == [1, 0]
     assert unreadable.task_ids == {"newer", "newer, runs"}

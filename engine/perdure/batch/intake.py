@@ -25,6 +25,7 @@ from perdure.batch.runs import Run, find_unsettled, select_where
 from perdure.batch.source import gather
 from perdure.engine import Engine
 from perdure.errors import InvalidTask, PerdureError
+from perdure.ids import retry_key
 from perdure.store.database import Database
 from perdure.store.schema import log_head, tasks
 from perdure.task import Task
@@ -262,7 +263,7 @@ class Intake:
         if before is None:
             return task
         # The row as it is today: what made it fail may be what was changed.
-        link = {"retry_of": before.task_id, "key": f"retry:{before.task_id}"}
+        link = {"retry_of": before.task_id, "key": retry_key(before.task_id)}
         return task.model_copy(update=link)
 
     def _remark(self, remark: str) -> None:

@@ -14,6 +14,7 @@ import orjson
 
 from perdure.batch.reading import RawRow
 from perdure.errors import InvalidTask
+from perdure.ids import RETRY
 from perdure.task import MAX_NAME, Task, TaskConstraints
 
 __all__ = ["Defaults", "Row", "batch_name", "identify", "make_task", "remarks", "told_id"]
@@ -58,8 +59,10 @@ def batch_name(name: str) -> str:
 
     Raises:
         InvalidTask: It is empty, too long, can't be printed, or has a colon, which ends it in the
-            keys of its rows.
+            keys of its rows; or it is "retry", as which keys of tasks that are run again begin.
     """
+    if name == RETRY:
+        raise InvalidTask(f"--name: {RETRY!r} is what perdure names retries by: give another name")
     if not name.strip() or ":" in name or len(name) > MAX_NAME or not name.isprintable():
         raise InvalidTask(
             f"--name: a batch needs a name of at most {MAX_NAME} characters, without colons and "

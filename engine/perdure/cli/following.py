@@ -20,7 +20,7 @@ from perdure.cli.records import (
 )
 from perdure.cli.session import Session
 from perdure.cli.terminal import is_terminal, say, show, show_json
-from perdure.store.readonly import Reader, iso
+from perdure.store.readonly import Reader
 
 if TYPE_CHECKING:
     from perdure.events import Chunk
@@ -29,8 +29,8 @@ __all__ = ["follow", "tail"]
 
 # Often enough that nobody sees the difference, and a look takes microseconds.
 _LOOK_SECONDS: Final = 0.01
-# As long as a worker may be silent before it has lost its tasks.
-_SILENCE_SECONDS: Final = 30
+# As long as a worker may be silent before it has lost its tasks, where it doesn't say.
+_SILENCE_SECONDS: Final = 30.0
 
 
 def tail(session: Session, task_id: IdArgument) -> int:
@@ -151,13 +151,16 @@ def _told(row: sqlite3.Row) -> str:
     return tell_stored(row["type"], row["schema_version"], row["data"])
 
 
+def _holds(worker: sqlite3.Row) -> bool:
+    """Return whether a worker's last sign of life still holds."""
+    lease = timedelta(seconds=worker["lease_seconds"] or _SILENCE_SECONDS)
+    return datetime.fromisoformat(worker["heartbeat_at"]) + lease > datetime.now(UTC)
+
+
 def _say_who_runs(session: Session, reader: Reader, task_id: str) -> None:
     """Say so where a task waits and nobody is there to run it."""
-    alive = reader.one(
-        "SELECT 1 FROM workers WHERE heartbeat_at > ?",
-        (iso(datetime.now(UTC) - timedelta(seconds=_SILENCE_SECONDS)),),
-    )
-    if alive is None:
+    workers = reader.rows("SELECT heartbeat_at, lease_seconds FROM workers")
+    if not any(_holds(worker) for worker in workers):
         status = find_task_row(reader, task_id)["status"]
         say(
             f"{task_id} is {status} and no worker is running: "

@@ -25,6 +25,7 @@ from perdure.unchecked import unchecked
 
 __all__ = [
     "Claimed",
+    "Recovered",
     "Scope",
     "claim",
     "left_by_status",
@@ -288,10 +289,26 @@ _BATCH: Final = 200
 Decide = Callable[[TaskState, Mapping[str, Any]], Sequence[Event]]
 
 
+# Platform and id of a response that nobody listens to any more.
+OpenCall = tuple[str, str]
+
+
+class Recovered(NamedTuple):
+    """What was taken away from a lost worker.
+
+    Attributes:
+        tasks: How many tasks; 0 when it has none left.
+        left: Calls of tasks that have ended by that, which may go on at their platforms.
+    """
+
+    tasks: int
+    left: Sequence[OpenCall] = ()
+
+
 def recover(
     tx: Transaction, lost: str, decide: Decide, unreadable: Unreadable | None = None
-) -> int:
-    """Take running tasks away from a lost worker; returns how many, 0 when it has none left.
+) -> Recovered:
+    """Take running tasks away from a lost worker, many of them at a time.
 
     Args:
         tx: The transaction.
@@ -304,11 +321,13 @@ def recover(
         folds = _folds(tx, owned, unreadable)
         if folds:
             asked = _submitted(tx, folds.values())
-            for task_id, fold in folds.items():
+            left = [
                 _take_away(tx, fold, lost, asked[task_id], decide)
-            return len(folds)
+                for task_id, fold in folds.items()
+            ]
+            return Recovered(len(folds), [call for call in left if call is not None])
     forget_worker(tx, lost)
-    return 0
+    return Recovered(0)
 
 
 def _owned(worker: str, excluded: Collection[str]) -> sa.Select[str]:
@@ -322,17 +341,25 @@ def _owned(worker: str, excluded: Collection[str]) -> sa.Select[str]:
     return owned.where(sa.not_(has_one_of(tasks.c.task_id, excluded))) if excluded else owned
 
 
-def recover_one(tx: Transaction, claimed: Claimed, decide: Decide) -> None:
-    """Take a task away from the worker that has claimed it, where it still owns it."""
+def recover_one(tx: Transaction, claimed: Claimed, decide: Decide) -> OpenCall | None:
+    """Take a task away from the worker that has claimed it, where it still owns it.
+
+    Returns:
+        The call that may go on at its platform, where the task has ended by that.
+    """
     fold = tx.fold(claimed.task_id)
-    if fold is not None:
-        _take_away(tx, fold, str(claimed.state.worker), claimed.submitted, decide)
+    if fold is None:
+        return None
+    return _take_away(tx, fold, str(claimed.state.worker), claimed.submitted, decide)
 
 
 def _take_away(
     tx: Transaction, fold: TaskFold, worker: str, asked: Submitted, decide: Decide
-) -> None:
-    if fold.state.status is not TaskStatus.RUNNING or fold.state.worker != worker:
-        return  # changed since it was looked up, as in this very transaction, whose rows come last
+) -> OpenCall | None:
+    state = fold.state
+    if state.status is not TaskStatus.RUNNING or state.worker != worker:
+        return None  # changed since it was looked up, as in this transaction, whose rows come last
     constraints: dict[str, Any] = asked.task.get("constraints") or {}
-    tx.append(fold.task_id, decide(fold.state, constraints), fold.version)
+    following = decide(state, constraints)
+    tx.append(fold.task_id, following, fold.version)
+    return state.open_call if following[-1].ends_task else None

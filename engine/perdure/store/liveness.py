@@ -48,8 +48,14 @@ def host_name() -> str:
     return name
 
 
-def register_worker(tx: Transaction, worker: str) -> None:
-    """Write down that a worker of this process has begun."""
+def register_worker(tx: Transaction, worker: str, lease: timedelta | None = None) -> None:
+    """Write down that a worker of this process has begun.
+
+    Args:
+        tx: The transaction.
+        worker: Its name.
+        lease: For how long each of its signs of life holds; None leaves that to whoever looks.
+    """
     tx.connection.execute(
         sa.insert(workers).values(
             worker_id=worker,
@@ -57,6 +63,7 @@ def register_worker(tx: Transaction, worker: str) -> None:
             pid=os.getpid(),
             started_at=tx.at,
             heartbeat_at=tx.at,
+            lease_seconds=None if lease is None else lease.total_seconds(),
         )
     )
 
@@ -69,11 +76,11 @@ _BEAT: Final = Statement(
 )
 
 
-def beat(tx: Transaction, worker: str) -> None:
-    """Write down that a worker is alive."""
+def beat(tx: Transaction, worker: str, lease: timedelta | None = None) -> None:
+    """Write down that a worker is alive; see `register_worker`."""
     if _BEAT.change(tx.connection, tx.at, worker) == 0:
         # It was away for long and declared lost; it may work on new tasks.
-        register_worker(tx, worker)
+        register_worker(tx, worker, lease)
 
 
 def forget_worker(tx: Transaction, worker: str) -> None:
@@ -101,7 +108,14 @@ _WORKERS: Final = sa.select(workers)
 
 
 async def look_around(database: Database, lease: timedelta, now: datetime) -> Census:
-    """Count the workers, and find those that are gone."""
+    """Count the workers, and find those that are gone.
+
+    Args:
+        database: Where.
+        lease: For how long the signs of life hold of those that don't say it, as an older release
+            wrote them down.
+        now: What time it is there.
+    """
 
     async def look(connection: AsyncConnection) -> Census:
         owners = (await connection.scalars(_OWNERS)).all()
@@ -117,9 +131,9 @@ def beat_and_look(tx: Transaction, worker: str, lease: timedelta) -> Census:
     Args:
         tx: The transaction.
         worker: Who does it.
-        lease: How long others may do without a sign of life.
+        lease: For how long this sign of life holds, and those of workers that don't say it.
     """
-    beat(tx, worker)
+    beat(tx, worker, lease)
     owners = tx.connection.scalars(_OWNERS).all()
     known = tx.connection.execute(_WORKERS).mappings().all()
     return _census(owners, known, lease, tx.at)
@@ -129,17 +143,21 @@ def _census(
     owners: Iterable[str | None], rows: Sequence[sa.RowMapping], lease: timedelta, now: datetime
 ) -> Census:
     here = host_name()
-    alive = [row for row in rows if _alive(row, lease, now, here)]
-    known = {row["worker_id"] for row in rows}
-    gone = known.difference(row["worker_id"] for row in alive)
-    lost = [*sorted(gone), *(str(owner) for owner in owners if owner not in known)]
-    ends = (row["heartbeat_at"] + lease for row in alive)
-    return Census(len(alive), lost, min(ends, default=None))
+    ends = {row["worker_id"]: row["heartbeat_at"] + _lease_of(row, lease) for row in rows}
+    alive = [row["worker_id"] for row in rows if ends[row["worker_id"]] > now and _runs(row, here)]
+    gone = ends.keys() - set(alive)
+    lost = [*sorted(gone), *(str(owner) for owner in owners if owner not in ends)]
+    return Census(len(alive), lost, min((ends[worker] for worker in alive), default=None))
 
 
-def _alive(row: sa.RowMapping, lease: timedelta, now: datetime, here: str) -> bool:
+def _lease_of(row: sa.RowMapping, usual: timedelta) -> timedelta:
+    seconds: float | None = row["lease_seconds"]
+    return usual if seconds is None else timedelta(seconds=seconds)
+
+
+def _runs(row: sa.RowMapping, here: str) -> bool:
     # What an older release wrote is no name of this host: its workers go by the lease only.
-    return row["heartbeat_at"] + lease > now and (row["host"] != here or _pid_exists(row["pid"]))
+    return row["host"] != here or _pid_exists(row["pid"])
 
 
 def _pid_exists(pid: int) -> bool:

@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 # The migration this code is written for. A constant, since asking alembic costs most of a second.
-REVISION: Final = "0004"
+REVISION: Final = "0005"
 
 # "perd", in the header of every SQLite file that is ours.
 APPLICATION_ID: Final = 0x70657264

@@ -261,10 +261,20 @@ class Records:
             TaskNotFound: There is none.
             TaskArchived: It is in an archive.
         """
+        task, _platforms = await self.asked(task_id)
+        return task
+
+    async def asked(self, task_id: str) -> tuple[Task, Sequence[str]]:
+        """Return the same, and the platforms that it was submitted to, the first one first.
+
+        Raises:
+            TaskNotFound: There is none.
+            TaskArchived: It is in an archive.
+        """
         first = await self._asked.get(task_id)
         if first is None:
             raise await self._missing(task_id)
-        return await self._restored(task_id, first)
+        return await self._restored(task_id, first), first.platforms
 
     async def _missing(self, task_id: str) -> PerdureError:
         """Return the error for a task whose first event isn't here."""

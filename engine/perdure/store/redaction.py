@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import orjson
@@ -11,12 +11,15 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from perdure.errors import InvalidTransition, TaskArchived, TaskNotFound
-from perdure.events import Redacted, canonical
+from perdure.events import Redacted, Submitted, canonical
 from perdure.store.content import blob_digests
-from perdure.store.schema import blobs, events
-from perdure.store.transaction import Transaction
+from perdure.store.dialect import take_time
+from perdure.store.schema import blobs, events, streams
+from perdure.store.transaction import Transaction, chunks_of
 
 __all__ = ["redact"]
+
+_SOUGHT_AT_ONCE: Final = 50
 
 # What stays of an event when its content goes: what the fold, the key of a batch's row and the sums
 # need. Everything else may quote the prompt or the answer.
@@ -56,6 +59,7 @@ def redact(tx: Transaction, task_id: str, by: str, reason: str | None) -> int:
         raise TaskArchived(task_id, fold.state.archive, "redact")
     if not fold.state.status.ended:
         raise InvalidTransition(f"{task_id} is {fold.state.status}: cancel it before redacting it")
+    take_time(tx.connection)  # a long answer has many events
     rows = tx.connection.execute(
         sa.select(events)
         .where(events.c.stream_id == fold.stream_id, events.c.type.in_(tuple(_KEPT)))
@@ -100,10 +104,24 @@ def _drop_orphans(connection: Connection, digests: set[str]) -> None:
         connection.execute(
             sa.select(blobs.c.digest).where(blobs.c.digest == digest).with_for_update()
         )
-        named = connection.execute(
-            sa.select(sa.literal(1))
-            .where(events.c.type == "submitted", sa.cast(events.c.data, sa.Text).contains(digest))
-            .limit(1)
-        ).first()
-        if named is None:
-            connection.execute(sa.delete(blobs).where(blobs.c.digest == digest))
+    for part in chunks_of(sorted(digests), _SOUGHT_AT_ONCE):
+        unnamed = part
+        while unnamed and (data := _naming(connection, unnamed)) is not None:
+            unnamed = [digest for digest in unnamed if digest not in data]
+        connection.execute(sa.delete(blobs).where(blobs.c.digest.in_(unnamed)))
+
+
+def _naming(connection: Connection, digests: Sequence[str]) -> str | None:
+    """Return the first event of some task that names one of these; None where there is none.
+
+    That is found out by a look at all tasks: there is no index of what they name.
+    """
+    text = sa.cast(events.c.data, sa.Text)
+    return connection.scalar(
+        sa.select(text)
+        .join_from(streams, events, events.c.position == streams.c.stream_id)
+        .where(
+            events.c.type == Submitted.type, sa.or_(*(text.contains(digest) for digest in digests))
+        )
+        .limit(1)
+    )

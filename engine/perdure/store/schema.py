@@ -272,4 +272,5 @@ workers: Final = Table(
     Column("pid", Integer, nullable=False),
     Column("started_at", Timestamp, nullable=False),
     Column("heartbeat_at", Timestamp, nullable=False),
+    Column("lease_seconds", Double),
 )
