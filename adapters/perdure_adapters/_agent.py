@@ -76,6 +76,7 @@ class AgentReader:
         self._clock = clock
         self._ended: dict[str, Any] = {}
         self._current: dict[str, Any] = {}
+        self._settled = True  # whether the platform has counted what it says in the current message
         self._streamed: set[str] = set()
         self._tools = ToolCallText()
         self._calling: int | None = None
@@ -161,6 +162,7 @@ class AgentReader:
                 started = _mapping(event.get("message"))
                 self._streamed.add(str(started.get("id")))
                 self._close_message()
+                self._settled = False
                 yield from self._count(started.get("usage"))
             case "content_block_start":
                 block = _mapping(event.get("content_block"))
@@ -173,6 +175,7 @@ class AgentReader:
             case "content_block_stop":
                 yield from self._close_call(index)
             case "message_delta":
+                self._settled = True
                 yield from self._count(event.get("usage"))
             case "error":
                 fault = _mapping(event.get("error"))
@@ -258,9 +261,12 @@ class AgentReader:
             return
         self._current |= said
         total = self._usage()
-        if total is not None:
-            self._cursor_due = True
-            yield UsageReported(usage=total)
+        if total is None:
+            return
+        self._cursor_due = True
+        if not self._settled:  # what it adds isn't known, and so the sum isn't
+            total = total.model_copy(update={"output_tokens": None, "reasoning_tokens": None})
+        yield UsageReported(usage=total)
 
     def _close_message(self) -> None:
         for name, value in self._current.items():
@@ -270,9 +276,12 @@ class AgentReader:
         self._current = {}
 
     def _usage(self) -> Usage | None:
-        """The tokens so far, of the processes before this one and of this one."""
+        """The tokens counted so far, of the processes before this one and of this one."""
         known = [self._bookmark.spent]
-        known += [messages_usage(counts) for counts in (self._ended, self._current) if counts]
+        if self._ended:
+            known.append(messages_usage(self._ended))
+        if self._current:
+            known.append(messages_usage(self._current, settled=self._settled))
         return _sum(known)
 
     def _final_usage(self) -> Usage | None:

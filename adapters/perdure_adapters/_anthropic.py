@@ -6,6 +6,7 @@ The SDK is imported inside the functions; `load_sdk` has seen to it that it is t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,12 +36,14 @@ __all__ = [
 ]
 
 
-def anthropic_client(endpoint: Endpoint, *, token: bool) -> AsyncAnthropic:
+def anthropic_client(endpoint: Endpoint, *, token: bool, of_file: bool = False) -> AsyncAnthropic:
     """Return a new client, its retries off.
 
     Args:
         endpoint: Where it goes.
         token: Whether the endpoint's key is an OAuth token and no API key.
+        of_file: Whether `perdure.toml` says where that is; what the environment has for a gateway
+            must not go there.
     """
     import anthropic
 
@@ -51,9 +54,22 @@ def anthropic_client(endpoint: Endpoint, *, token: bool) -> AsyncAnthropic:
         auth_token=endpoint.sent_key if token else None,
         max_retries=0,
         timeout=endpoint.timeout,
+        default_headers=_own_headers(endpoint, token=token) if of_file else None,
         # An API key has a header of its own here.
         http_client=endpoint.http_client(follow_redirects=token),
     )
+
+
+def _own_headers(endpoint: Endpoint, *, token: bool) -> dict[str, str]:
+    """Return headers that keep those of the environment, which the SDK reads, from being sent."""
+    from anthropic import Omit
+
+    custom = os.environ.get("ANTHROPIC_CUSTOM_HEADERS", "")
+    names = [line.partition(":")[0].strip() for line in custom.split("\n") if ":" in line]
+    key = endpoint.sent_key
+    kept = {"authorization": f"Bearer {key}"} if token else {"x-api-key": key}
+    # The SDK takes `Omit` here, though its annotation doesn't say so.
+    return {name: kept.get(name.lower(), cast("str", Omit())) for name in names}
 
 
 def platform_schema(schema: Mapping[str, Any]) -> dict[str, Any]:

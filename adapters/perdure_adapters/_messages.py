@@ -33,18 +33,24 @@ _FINISH_REASONS: Final[Mapping[str, str]] = {
 _PAUSED: Final = "pause_turn"
 
 
-def messages_usage(usage: Mapping[str, Any]) -> Usage:
-    """Return the tokens of one response, of which Anthropic counts the cached ones apart."""
+def messages_usage(usage: Mapping[str, Any], *, settled: bool = True) -> Usage:
+    """Return the tokens of one response, of which Anthropic counts the cached ones apart.
+
+    Args:
+        usage: What the platform said last.
+        settled: Whether it has counted its answer. Before that it says a number, mostly 1, which is
+            none of the answer's tokens, though those are being paid for.
+    """
     plain = count_in(usage, "input_tokens")
     read = count_in(usage, "cache_read_input_tokens")
     written = count_in(usage, "cache_creation_input_tokens")
     details = usage.get("output_tokens_details")
     return Usage(
         input_tokens=None if plain is None else plain + (read or 0) + (written or 0),
-        output_tokens=count_in(usage, "output_tokens"),
+        output_tokens=count_in(usage, "output_tokens") if settled else None,
         cache_read_tokens=read,
         cache_write_tokens=written,
-        reasoning_tokens=count_in(details, "thinking_tokens"),
+        reasoning_tokens=count_in(details, "thinking_tokens") if settled else None,
         raw=_storable(usage),
     )
 
@@ -66,6 +72,7 @@ class MessagesReader:
         self._spent = before.usage if before is not None else None
         self._again = before is not None
         self._usage: dict[str, Any] = {}
+        self._settled = False
         self._stop_reason: str | None = None
         self._container: str | None = None
         self._blocks: dict[int, _Block] = {}
@@ -84,11 +91,16 @@ class MessagesReader:
         """The tokens so far, those of the responses before this one included."""
         if not self._usage:
             return self._spent
-        here = messages_usage(self._usage)
+        settled = self._settled or self.stopped
+        here = messages_usage(self._usage, settled=settled)
         if self._spent is None:
             return here
-        raws = [*_raws(self._spent.raw), *_raws(here.raw)]
-        return (self._spent + here).model_copy(update={"raw": {"responses": raws}})
+        changes: dict[str, Any] = {
+            "raw": {"responses": [*_raws(self._spent.raw), *_raws(here.raw)]}
+        }
+        if not settled:  # nor is the sum known
+            changes |= {"output_tokens": None, "reasoning_tokens": None}
+        return (self._spent + here).model_copy(update=changes)
 
     def feed(self, event: Mapping[str, Any]) -> Sequence[Event]:
         """Return what ``event``, which is none of an error, says.
@@ -224,7 +236,9 @@ class MessagesReader:
         delta = _object(event.get("delta"))
         self._stop_reason = text_in(delta, "stop_reason") or self._stop_reason
         self._container = text_in(_object(delta.get("container")), "id") or self._container
-        yield from self._count(event.get("usage"))
+        usage = event.get("usage")
+        self._settled = self._settled or _object(usage).get("output_tokens") is not None
+        yield from self._count(usage)
 
     def _count(self, usage: object) -> Iterator[Event]:
         """Take in what is said of tokens; counts are for the whole response so far."""

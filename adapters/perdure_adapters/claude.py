@@ -69,8 +69,9 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
             platform's default.
         connect_timeout: Seconds to wait for a connection; 10.
         read_timeout: Seconds to wait for the first or next part of an answer; 300.
+        platform: The platform's name, for those who use several accounts side by side.
         settings: What `perdure.toml` says: the arguments above by their names. An address from
-            there gets no key of the environment.
+            there gets no key and no headers of the environment.
     """
 
     platform = "claude"
@@ -92,9 +93,11 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
         default_model: str | None = None,
         connect_timeout: float | None = None,
         read_timeout: float | None = None,
+        platform: str = "claude",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        given = Settings(self.platform, settings, _SETTINGS)
+        self.platform = platform
+        given = Settings(platform, settings, _SETTINGS)
         self.default_model = (
             given.text("default_model", default_model, "PERDURE_CLAUDE_MODEL")
             or DEFAULT_MODELS["claude"]
@@ -115,7 +118,9 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
             connect_timeout=given.number("connect_timeout", connect_timeout, 10),
             read_timeout=given.number("read_timeout", read_timeout, 300),
         )
-        self._clients = PerLoop(lambda: anthropic_client(self._endpoint, token=self._token))
+        self._clients = PerLoop(
+            lambda: anthropic_client(self._endpoint, token=self._token, of_file=named)
+        )
 
     def __repr__(self) -> str:
         """Return how it was made, the key left out."""
@@ -180,7 +185,7 @@ class ClaudeAdapter(AsyncBasePlatformAdapter):
 
     def _check_settings(self) -> None:
         if self._needs_key and self._endpoint.key is None:
-            raise NotConfigured("the platform 'claude' has no key: set ANTHROPIC_API_KEY")
+            raise NotConfigured(f"the platform {self.platform!r} has no key: set ANTHROPIC_API_KEY")
         self._endpoint.check()
 
     async def close(self) -> None:

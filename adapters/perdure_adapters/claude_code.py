@@ -48,6 +48,13 @@ _SETTINGS: Final = (
     "directory",
 )
 _RETRIES: Final = "CLAUDE_CODE_MAX_RETRIES"
+# What the environment has for where Claude Code usually goes.
+_SECRET: Final = (
+    "ANTHROPIC_API_KEY",
+    "ANTHROPIC_AUTH_TOKEN",
+    "ANTHROPIC_CUSTOM_HEADERS",
+    "CLAUDE_CODE_OAUTH_TOKEN",
+)
 _MOST_BUFFERED: Final = 64 * 1024 * 1024
 """Bytes of one message: what a tool gave back may hold a picture."""
 
@@ -71,6 +78,7 @@ class ClaudeCodeAdapter(AsyncBasePlatformAdapter):
         directory: For tasks that name none.
         cli_path: The program. None takes `PERDURE_CLAUDE_CODE_CLI`, else the one that comes with
             the SDK, else `claude` on the PATH.
+        platform: The platform's name, for those who use several accounts side by side.
         settings: What `perdure.toml` says: the arguments above by their names, but for the program.
             An address from there gets no key of the environment.
     """
@@ -94,9 +102,11 @@ class ClaudeCodeAdapter(AsyncBasePlatformAdapter):
         default_model: str | None = None,
         directory: str | os.PathLike[str] | None = None,
         cli_path: str | os.PathLike[str] | None = None,
+        platform: str = "claude_code",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        given = Settings(self.platform, settings, _SETTINGS)
+        self.platform = platform
+        given = Settings(platform, settings, _SETTINGS)
         self.default_model = given.text("default_model", default_model, "PERDURE_CLAUDE_CODE_MODEL")
         self._directory = given.text("directory", None if directory is None else str(directory))
         # Not out of `perdure.toml`: that may have come with somebody else's project.
@@ -178,7 +188,7 @@ class ClaudeCodeAdapter(AsyncBasePlatformAdapter):
         find_sdk("claude_agent_sdk", extra=_EXTRA)
         if self._cli_path is not None and shutil.which(self._cli_path) is None:
             raise NotConfigured(
-                f"the platform 'claude_code': cli_path: there is no program {self._cli_path!r}"
+                f"the platform {self.platform!r}: cli_path: there is no program {self._cli_path!r}"
             )
 
     async def stop(self, response_id: str) -> None:
@@ -197,8 +207,8 @@ class ClaudeCodeAdapter(AsyncBasePlatformAdapter):
         keys = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
         if self._of_file and not any(self._environment[name] for name in keys):
             raise NotConfigured(
-                "the platform 'claude_code': perdure.toml names a base_url; give an api_key for it "
-                "there, too: what Claude Code is logged in with must not go to that address"
+                f"the platform {self.platform!r}: perdure.toml names a base_url; give an api_key "
+                "for it there, too: what Claude Code is logged in with must not go to that address"
             )
 
     def _secrets(self) -> tuple[str | None, ...]:
@@ -212,8 +222,8 @@ class ClaudeCodeAdapter(AsyncBasePlatformAdapter):
         environment = {name: text for name, text in self._environment.items() if text}
         # Each attempt belongs in the log; the next one goes on in the same session.
         environment.setdefault(_RETRIES, os.environ.get(_RETRIES, "0"))
-        if self._of_file:  # the keys of the environment are not meant for that address
-            for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN"):
+        if self._of_file:  # what the environment has is not meant for that address
+            for name in _SECRET:
                 environment.setdefault(name, "")
         try:
             if "agents" in given:

@@ -75,6 +75,7 @@ class GeminiAdapter(AsyncBasePlatformAdapter):
             doesn't think may refuse the question.
         connect_timeout: Seconds to wait for a connection; 10.
         read_timeout: Seconds to wait for the first or next part of an answer; 300.
+        platform: The platform's name, for those who use several accounts side by side.
         settings: What `perdure.toml` says: the arguments above by their names. An address from
             there gets no key of the environment.
     """
@@ -94,13 +95,15 @@ class GeminiAdapter(AsyncBasePlatformAdapter):
         thoughts: bool | None = None,
         connect_timeout: float | None = None,
         read_timeout: float | None = None,
+        platform: str = "gemini",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        given = Settings(self.platform, settings, _SETTINGS)
+        self.platform = platform
+        given = Settings(platform, settings, _SETTINGS)
         self._api = given.choice("api", api, _APIS)
         self.default_model = (
             given.text("default_model", default_model, "PERDURE_GEMINI_MODEL")
-            or DEFAULT_MODELS[self.platform]
+            or DEFAULT_MODELS["gemini"]
         )
         self._background = given.flag("background", background, default=True)
         self._thoughts = given.flag("thoughts", thoughts, default=True)

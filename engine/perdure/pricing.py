@@ -18,10 +18,12 @@ def price(
     Args:
         provider: The provider's name in the price table.
         model: The model really used.
-        usage: Tokens; without input or output tokens there is no price.
+        usage: Tokens; unless both input and output are known there is no price.
         at: When the call was made; prices change.
     """
-    if provider is None or model is None or usage is None or usage.total_tokens is None:
+    if provider is None or model is None or usage is None:
+        return None, None
+    if usage.input_tokens is None or usage.output_tokens is None:
         return None, None
     # Imported here: it takes a third of a second, and not every platform has prices.
     from genai_prices import Usage as PricedUsage

@@ -370,7 +370,8 @@ class Result(BaseModel):
     success: bool
     error: str | None = None
     cost: float | None = None
-    """US dollars over all attempts; None where a price or usage is unknown, never 0 for that."""
+    """US dollars over all attempts; None where the price of tokens is unknown, never 0 for that.
+    An attempt of which the platform told no tokens at all doesn't count."""
     tokens_used: int | None = None
     """Input and output tokens over all attempts; None where unknown."""
     duration_seconds: float = 0.0

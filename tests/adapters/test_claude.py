@@ -22,7 +22,7 @@ from perdure.errors import (
     StreamTruncated,
 )
 from perdure.events import Accepted, Chunk, UsageReported
-from perdure.task import Usage
+from perdure.task import TaskConstraints, Usage
 from perdure.testing import AdapterContract
 from servers.messages import TEXT, USAGE, MessagesServer, Scenario, events
 
@@ -211,7 +211,7 @@ class TestUsage:
         seen = await run(messages_server, a_call(end_usage=told))
         first, last = (e.usage for e in seen if isinstance(e, UsageReported))
         assert seen.index(next(e for e in seen if isinstance(e, UsageReported))) == 1
-        assert (first.input_tokens, first.output_tokens) == (127, 1)
+        assert (first.input_tokens, first.output_tokens) == (127, None)  # it is said to be 1
         assert last == end_of(seen).usage
         assert last == Usage(
             input_tokens=127,
@@ -250,6 +250,23 @@ class TestUsage:
         assert result.tokens_used == 139
         assert result.cost is not None
         assert 0 < result.cost < 0.01
+
+    async def test_what_was_broken_off_has_none(
+        self, messages_server: MessagesServer, make_database: Any
+    ) -> None:
+        """Its answer is being paid for, and nobody has counted it: that is no small price."""
+        adapter = an_adapter(messages_server)
+        task = Task(
+            prompt="x",
+            platform="claude",
+            options={"scenario": {"cut_after": 5}},
+            constraints=TaskConstraints(max_attempts=1),
+        )
+        async with Engine.open(f"sqlite:///{make_database()}", adapters=[adapter]) as engine:
+            result = await engine.get_result(await engine.submit_task(task))
+        assert (result.error_class, result.model) == ("StreamTruncated", "claude-sonnet-5-5")
+        assert (result.usage.input_tokens, result.usage.output_tokens) == (127, None)
+        assert result.cost is None
 
 
 SEARCH = [
@@ -301,15 +318,15 @@ class TestPauses:
             assert [turn["content"] for turn in said] == content
 
     async def test_tokens_of_all_its_parts_count(self, messages_server: MessagesServer) -> None:
-        """The usage is the sum, and never goes down on the way."""
+        """The usage is the sum; that of a part's answer is known when the part has ended."""
         call = a_call(stop_reason="pause_turn", turns=[{}, {"stop_reason": "end_turn"}])
         seen = await run(messages_server, call)
         usage = end_of(seen).usage
         assert usage is not None
         assert (usage.input_tokens, usage.output_tokens, usage.cache_read_tokens) == (254, 24, 200)
         assert usage.raw == {"responses": [{**USAGE, "output_tokens": 12}] * 2}
-        counts = [e.usage.output_tokens or 0 for e in seen if isinstance(e, UsageReported)]
-        assert counts == [1, 12, 13, 24]
+        counts = [e.usage.output_tokens for e in seen if isinstance(e, UsageReported)]
+        assert counts == [None, 12, None, 24]
 
     async def test_a_cut_after_a_pause(self, messages_server: MessagesServer) -> None:
         """A part that is cut off makes the whole a failure."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import sys
 from typing import Any
 
@@ -483,6 +484,25 @@ class TestSettings:
         monkeypatch.setenv("ANTHROPIC_CUSTOM_HEADERS", "X-Gateway: one")
         await run(messages_server, a_call())
         assert messages_server.messages[0].headers["x-gateway"] == "one"
+
+    @pytest.mark.parametrize("key", ["api_key", "auth_token"])
+    async def test_headers_of_a_gateway_go_nowhere_else(
+        self, messages_server: MessagesServer, monkeypatch: pytest.MonkeyPatch, key: str
+    ) -> None:
+        """An address that a project's file names gets none of them, and the file's own key."""
+        headers = "Authorization: Bearer mine\nX-API-Key: mine\nX-Gateway: mine\nodd"
+        monkeypatch.setenv("ANTHROPIC_CUSTOM_HEADERS", headers)
+        settings = {"base_url": messages_server.url, key: "of-the-file"}
+        async with ClaudeAdapter(settings=settings) as adapter:
+            await drain(adapter, a_call())
+        sent = messages_server.messages[0].headers
+        assert "mine" not in json.dumps(sent)
+        own = {
+            "api_key": ("x-api-key", "of-the-file"),
+            "auth_token": ("authorization", "Bearer of-the-file"),
+        }
+        name, value = own[key]
+        assert sent[name] == value
 
 
 def _file(name: str, media_type: str, data: bytes) -> LoadedFile:

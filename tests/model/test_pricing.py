@@ -53,6 +53,8 @@ def test_nothing_used_costs_nothing() -> None:
         ("openai", "gpt-4o", None),
         ("openai", "gpt-4o", Usage()),
         ("openai", "gpt-4o", Usage(cache_read_tokens=5)),
+        ("openai", "gpt-4o", Usage(input_tokens=5)),
+        ("openai", "gpt-4o", Usage(output_tokens=5)),
         ("openai", "gpt-4o", Usage(input_tokens=1, output_tokens=1, cache_read_tokens=50)),
     ],
 )
