@@ -149,6 +149,35 @@ def test_csv_rows_have_the_number_of_their_first_line() -> None:
     ]
 
 
+def test_csv_cells_of_structured_fields_hold_json() -> None:
+    """What is an object or a list in JSON lines is one in a cell; of texts one may stand alone."""
+    structured: dict[str, Any] = {
+        "context": {"unit": "mm"},
+        "labels": {"team": "storage"},
+        "metadata": {"from": 1},
+        "options": {"top_k": 3},
+        "constraints": {"max_attempts": 2},
+        "stop_sequences": ["END", "STOP"],
+        "output_schema": {"type": "object", "properties": {"a": {"type": "string"}}},
+        "tools": [{"name": "look_up", "parameters": {"type": "object"}}],
+    }
+    written = io.StringIO()
+    writer = csv.DictWriter(written, ["prompt", *structured])
+    writer.writeheader()
+    writer.writerow(
+        {"prompt": "x", **{name: json.dumps(value) for name, value in structured.items()}}
+    )
+    writer.writerow({"prompt": "y", "stop_sequences": "END"})
+    first, second = fields(written.getvalue().encode(), Layout.CSV)
+    assert first == {"prompt": "x", **structured}
+    assert second["stop_sequences"] == ["END"]
+    task = task_of(first)
+    assert (task.output_schema, task.constraints.stop_sequences) == (
+        structured["output_schema"],
+        ("END", "STOP"),
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -390,9 +419,9 @@ def test_fingerprints_tell_content_and_defaults_apart() -> None:
     assert not same_content(None, None)
 
 
-@pytest.mark.parametrize("name", ["", "  ", "a:b", "x" * 300, "new\nline"])
+@pytest.mark.parametrize("name", ["", "  ", "a:b", "x" * 300, "new\nline", "retry"])
 def test_a_batch_has_a_plain_name(name: str) -> None:
-    """The name is part of the rows' keys: it can't hold what separates the two."""
+    """The name is part of the rows' keys: it can't hold what separates the two, nor be "retry"."""
     with pytest.raises(InvalidTask, match="--name"):
         batch_name(name)
 

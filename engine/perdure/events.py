@@ -52,6 +52,7 @@ __all__ = [
     "decode_text",
     "encode",
     "encode_data",
+    "is_redacted",
     "link_tail",
     "micros_of",
 ]
@@ -459,6 +460,17 @@ def decode(type_: str, schema_version: int, data: str | bytes) -> Event:
             f"an event {type_!r} is unreadable ({problem}): {LOOK_CLOSER}"
         ) from None
     return event
+
+
+def is_redacted(data: str) -> bool:
+    """Return whether the content of a stored event was removed, and a digest left in its place."""
+    if '"redacted":' not in data:
+        return False
+    try:
+        plain: object = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(plain, dict) and "redacted" in plain  # and not somewhere in the content
 
 
 def decode_text(schema_version: int, data: str | bytes) -> tuple[int, str] | None:

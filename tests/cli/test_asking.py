@@ -173,13 +173,50 @@ def test_a_mistake_in_the_file_for_settings(
         assert "plattform: there is no such setting; did you mean 'platform'?" in done.err
 
 
+def test_a_label_that_is_named_redacted(perdure: Perdure) -> None:
+    """It is a label, and nothing is gone."""
+    asked = ("ask", "one", "-p", "demo", "--label", "redacted=no", "--system", "Be brief.")
+    task_id = perdure(*asked, "--json").json["task_id"]
+    known = perdure("show", task_id, "--json").json
+    assert known["redacted"] is False
+    assert known["definition"]["system"] == "Be brief."
+    assert "redacted" not in perdure("log", task_id).out
+
+
 def test_what_went_on_from_a_redacted_task_is_named(perdure: Perdure) -> None:
     """Its text is in the tasks that went on from it, too; who redacts is told."""
     first = perdure("ask", "one", "-p", "demo", "--json").json["task_id"]
     second = perdure("ask", "two", "--continue", first, "--json").json["task_id"]
     done = perdure("redact", first, "--yes")
     assert f"perdure redact {second}" in done.err
-    assert "came out of" not in perdure("redact", second, "--yes").err
+    assert "went on" not in perdure("redact", second, "--yes").err
+
+
+def test_what_ran_a_redacted_task_again_is_named(perdure: Perdure) -> None:
+    """Its text is in the task that it was run again as, and in the one that it ran again."""
+    first = perdure("ask", "one", "-p", "demo", "--json").json["task_id"]
+    second = json.loads(perdure("retry", first, "--json").lines[0])["task_id"]
+    assert f"perdure redact {second}" in perdure("redact", first, "--yes").err
+    third = json.loads(perdure("retry", second, "--json").lines[0])["task_id"]
+    assert f"perdure redact {second}" in perdure("redact", third, "--yes").err
+    assert "ran the same" not in perdure("redact", second, "--yes").err
+
+
+@pytest.mark.parametrize("kind", ["chatgpt", "claude", "claude_code", "compatible", "gemini"])
+def test_one_more_platform_of_a_kind(
+    perdure: Perdure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Each of them can be had under a name of its own, with settings of its own."""
+    config = tmp_path / "perdure.toml"
+    config.write_text(f"[platforms.mine]\nkind = '{kind}'\ndefault_model = 'm-1'\n")
+    monkeypatch.setenv("PERDURE_CONFIG", str(config))
+    (mine,) = [
+        known
+        for line in perdure("platforms", "--json").lines
+        if (known := json.loads(line))["platform"] == "mine"
+    ]
+    assert mine["default_model"] == "m-1"
+    assert "can't be loaded" not in str(mine)
 
 
 def test_settings_of_the_demonstration(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from invoking import Perdure
 
+from perdure.cli.session import Session
 from servers.postgresql import Server
 
 Lines = Callable[..., list[str]]
@@ -86,6 +88,7 @@ def test_looking_after_it(url: str, lines: Lines) -> None:
     lines(url, "worker", "--until-done")
     states = {line.split("\t")[0]: line.split("\t")[1] for line in lines(url, "doctor")}
     assert states["schema"] == states["log"] == states["server"] == "ok"
+    assert states.keys() > {"chatgpt", "claude", "demo"}
 
 
 def test_setting_up(postgresql_server: Server, lines: Lines, perdure: Perdure) -> None:
@@ -177,6 +180,9 @@ def test_passwords_are_not_shown(url: str, perdure: Perdure, refused: Refused) -
     ):
         done = perdure("--db", secret, *command)
         assert "sesame" not in done.out + done.err
+    done = perdure("--db", secret, "worker", "--until-done", "--json")
+    assert ":***@" in done.json["database"]
+    assert "sesame" not in done.out + done.err
     hidden = f"{url}{'&' if '?' in url else '?'}password=sesame"
     for command in (("submit", "--prompt", "x", "-p", "demo"), ("verify",), ("list",)):
         done = perdure("--db", hidden, *command)
@@ -184,6 +190,18 @@ def test_passwords_are_not_shown(url: str, perdure: Perdure, refused: Refused) -
         assert "sesame" not in done.out + done.err
     away = "postgresql://me:sesame@127.0.0.1:1/x"
     assert "sesame" not in refused(away, "list")
+
+
+def test_the_command_to_go_on_with_has_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that is ended says how to go on, in what is kept of its words."""
+    named = "postgresql://me:sesame@127.0.0.1/x"
+    for given in (("--db", named, "worker"), ("worker", f"--db={named}")):
+        monkeypatch.setattr(sys, "argv", ["perdure", *given])
+        words = shlex.split(Session(db=named).same_command)
+        assert words == [
+            "perdure",
+            *(one.replace("sesame", "***") for one in given),
+        ]
 
 
 _WITHOUT_A_DRIVER = """

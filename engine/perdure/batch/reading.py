@@ -27,7 +27,7 @@ MAX_CELL: Final = 64 * 2**20
 _BOM: Final = b"\xef\xbb\xbf"
 _DELIMITERS: Final = ",;\t"
 # Cells of these columns may hold JSON; one that doesn't is taken as the one item of a list.
-_LISTS: Final = frozenset({"files", "fallbacks"})
+_LISTS: Final = frozenset({"files", "fallbacks", "stop_sequences"})
 _STRUCTURED: Final = _LISTS | {
     "messages",
     "context",
@@ -35,6 +35,8 @@ _STRUCTURED: Final = _LISTS | {
     "metadata",
     "options",
     "constraints",
+    "output_schema",
+    "tools",
 }
 
 

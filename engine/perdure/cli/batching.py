@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
@@ -85,8 +84,8 @@ async def run(
     from perdure.cli.interrupts import Interrupts
     from perdure.cli.supervising import supervise
     from perdure.cli.watching import watching
+    from perdure.settings import WorkerSettings
     from perdure.store.claims import Scope
-    from perdure.worker import WorkerSettings
 
     source, batch, defaults = _prepare(session, file, name, task, out)
     scope = Scope(batch=batch)
@@ -107,7 +106,7 @@ async def run(
     summary = Summary(
         batch=batch,
         tally=tally,
-        again=_same_command(),
+        again=session.same_command,
         counts=intake.counts,
         out=written,
         failures=failures,
@@ -255,7 +254,3 @@ async def _write_results(database: Database, ledger: Ledger, out: Path) -> str:
                 async for result in results:
                     whole.write(result_line(result))
     return str(out)
-
-
-def _same_command() -> str:
-    return shlex.join(("perdure", *sys.argv[1:]))

@@ -70,11 +70,11 @@ def _examine(session: Session) -> Iterator[Finding]:
             yield from examine_server(session.database())
             with Reader.open(session.url) as reader:
                 yield from _work(reader, session.database())
-            return
-        path = path_of(session.url)
-        yield from _file(path, named=session.db is not None)
-        if path.is_file():
-            yield from _content(path)
+        else:
+            path = path_of(session.url)
+            yield from _file(path, named=session.db is not None)
+            if path.is_file():
+                yield from _content(path)
     except PerdureError as error:
         yield Finding("database", "broken", str(error))
     for usable in _each_platform():

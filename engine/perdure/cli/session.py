@@ -17,9 +17,9 @@ from perdure.errors import InvalidTask
 
 if TYPE_CHECKING:
     from perdure.engine import Engine
+    from perdure.settings import WorkerSettings
     from perdure.store.claims import Scope
     from perdure.store.database import Database
-    from perdure.worker import WorkerSettings
 
 __all__ = ["DbOption", "JsonOption", "Session", "add_command", "add_group"]
 
@@ -68,13 +68,12 @@ class Session:
     @property
     def shown_db(self) -> str:
         """What was named with `--db`, without a password, for people to read."""
-        from perdure.store.readonly import on_server
+        return "" if self.db is None else _shown(self.db)
 
-        if self.db is None or not on_server(self.db):
-            return self.db or ""
-        from perdure.store.database import parse_url, shown_url
-
-        return shown_url(parse_url(self.db).set(drivername="postgresql"))
+    @property
+    def shown_url(self) -> str:
+        """The database to use, without a password."""
+        return _shown(self.url)
 
     @property
     def file(self) -> Path | None:
@@ -119,6 +118,27 @@ class Session:
 
         named = () if self.db is None else ("--db", self.shown_db)
         return shlex.join(("perdure", *arguments, *named))
+
+    @property
+    def same_command(self) -> str:
+        """This command once more, without a password, for people to copy into their shell."""
+        import shlex
+        import sys
+
+        given = sys.argv[1:]
+        if self.db:
+            given = [one.replace(self.db, self.shown_db) for one in given]
+        return shlex.join(("perdure", *given))
+
+
+def _shown(database: str) -> str:
+    from perdure.store.readonly import on_server
+
+    if not on_server(database):
+        return database
+    from perdure.store.database import parse_url, shown_url
+
+    return shown_url(parse_url(database).set(drivername="postgresql"))
 
 
 def add_command(

@@ -50,11 +50,11 @@ def gather(reader: Reader, task_id: str) -> Known:
 
 def _definition(reader: Reader, task_id: str) -> Known | None:
     """Return the task as it was submitted, its long texts in place; None once it is gone."""
-    from perdure.events import Submitted, decode
+    from perdure.events import Submitted, decode, is_redacted
     from perdure.store.content import restore
 
     first = next(event_rows(reader, task_id), None)
-    if first is None or '"redacted":"' in first["data"]:
+    if first is None or is_redacted(first["data"]):
         return None
     event = decode(first["type"], first["schema_version"], first["data"])
     if not isinstance(event, Submitted):

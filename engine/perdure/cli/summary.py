@@ -66,7 +66,7 @@ class Summary:
         tally = self.tally
         return {
             "batch": self.batch,
-            "database": session.url,
+            "database": session.shown_url,
             "out": self.out,
             "interrupted": self.interrupted,
             "rows": None if self.counts is None else asdict(self.counts),

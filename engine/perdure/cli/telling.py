@@ -25,6 +25,7 @@ from perdure.events import (
     Submitted,
     UsageReported,
     decode,
+    is_redacted,
 )
 from perdure.task import Usage
 
@@ -54,7 +55,7 @@ def tell_stored(type_: str, schema_version: int, data: str, quoted: int = _QUOTE
         event = decode(type_, schema_version, data)
     except PerdureError as error:
         return one_line(str(error))
-    gone = "(content redacted) " if '"redacted":"' in data and type_ != Redacted.type else ""
+    gone = "(content redacted) " if type_ != Redacted.type and is_redacted(data) else ""
     return gone + tell(event, quoted)
 
 

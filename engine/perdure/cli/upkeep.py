@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _PANEL: Final = "Looking after it"
+# What went on from a task, what ran it again, and what it ran again.
+_SAME_TEXT: Final = (
+    "SELECT task_id FROM tasks WHERE prompt IS NOT NULL AND (parent = ? OR retry_of = ? "
+    "OR task_id = (SELECT retry_of FROM tasks WHERE task_id = ?))"
+)
 _SEAL: Final = re.compile(r"(\d{1,18}):([0-9a-f]{64})", re.IGNORECASE)
 
 
@@ -250,18 +255,16 @@ async def redact(
 
 
 def _name_descendants(session: Session, removed: Collection[str]) -> None:
-    """Say which tasks went on from those whose content was removed: they may hold its text."""
+    """Say which tasks went on from those whose content was removed, or ran the same: its text."""
     with Reader.open(session.url) as reader:
-        found = [
-            row["task_id"]
+        found = {
+            row["task_id"]: None
             for one in removed
-            for row in reader.rows(
-                "SELECT task_id FROM tasks WHERE parent = ? AND prompt IS NOT NULL", (one,)
-            )
+            for row in reader.rows(_SAME_TEXT, (one, one, one))
             if row["task_id"] not in removed
-        ]
+        }
     if found:
         say(
-            f"{things(len(found), 'task')} came out of what was removed, and may hold its text: "
-            f"`{session.command_line('redact', *found)}`"
+            f"{things(len(found), 'task')} went on from what was removed or ran the same, and may "
+            f"hold its text: `{session.command_line('redact', *found)}`"
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -91,7 +89,7 @@ async def run_scope(
     from perdure.cli.interrupts import Interrupts
     from perdure.cli.supervising import supervise
     from perdure.cli.watching import watching
-    from perdure.worker import WorkerSettings
+    from perdure.settings import WorkerSettings
 
     settings = WorkerSettings(concurrency=concurrency)
     async with session.engine(create=create, scope=scope, settings=settings) as engine:
@@ -110,7 +108,7 @@ async def run_scope(
         batch=scope.batch,
         tally=tally,
         failures=failures,
-        again=shlex.join(("perdure", *sys.argv[1:])),
+        again=session.same_command,
         interrupted=interrupts.interrupted,
     )
     if session.json:
