@@ -171,6 +171,11 @@ def test_csv_cells_of_structured_fields_hold_json() -> None:
     first, second = fields(written.getvalue().encode(), Layout.CSV)
     assert first == {"prompt": "x", **structured}
     assert second["stop_sequences"] == ["END"]
+    for text in ("[DONE]", "{", "[", " [x]"):
+        (row,) = fields(f"prompt,stop_sequences\nx,{text}\n".encode(), Layout.CSV)
+        assert row["stop_sequences"] == [text]
+    (row,) = fields(b'prompt,stop_sequences\nx,"[ ""END"" ]"\n', Layout.CSV)
+    assert row["stop_sequences"] == ["END"]
     task = task_of(first)
     assert (task.output_schema, task.constraints.stop_sequences) == (
         structured["output_schema"],

@@ -261,12 +261,9 @@ class AgentReader:
             return
         self._current |= said
         total = self._usage()
-        if total is None:
-            return
-        self._cursor_due = True
-        if not self._settled:  # what it adds isn't known, and so the sum isn't
-            total = total.model_copy(update={"output_tokens": None, "reasoning_tokens": None})
-        yield UsageReported(usage=total)
+        if total is not None:
+            self._cursor_due = True
+            yield UsageReported(usage=total)
 
     def _close_message(self) -> None:
         for name, value in self._current.items():

@@ -6,7 +6,6 @@ The SDK is imported inside the functions; `load_sdk` has seen to it that it is t
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,29 +46,21 @@ def anthropic_client(endpoint: Endpoint, *, token: bool, of_file: bool = False) 
     """
     import anthropic
 
-    return anthropic.AsyncAnthropic(
+    client = anthropic.AsyncAnthropic(
         base_url=endpoint.url,
         # One of the two is always given, or the SDK would look for other credentials by itself.
         api_key=None if token else endpoint.sent_key,
         auth_token=endpoint.sent_key if token else None,
         max_retries=0,
         timeout=endpoint.timeout,
-        default_headers=_own_headers(endpoint, token=token) if of_file else None,
         # An API key has a header of its own here.
         http_client=endpoint.http_client(follow_redirects=token),
     )
-
-
-def _own_headers(endpoint: Endpoint, *, token: bool) -> dict[str, str]:
-    """Return headers that keep those of the environment, which the SDK reads, from being sent."""
-    from anthropic import Omit
-
-    custom = os.environ.get("ANTHROPIC_CUSTOM_HEADERS", "")
-    names = [line.partition(":")[0].strip() for line in custom.split("\n") if ":" in line]
-    key = endpoint.sent_key
-    kept = {"authorization": f"Bearer {key}"} if token else {"x-api-key": key}
-    # The SDK takes `Omit` here, though its annotation doesn't say so.
-    return {name: kept.get(name.lower(), cast("str", Omit())) for name in names}
+    if of_file:
+        # ANTHROPIC_CUSTOM_HEADERS, which no argument keeps the SDK from reading. To override them
+        # one by one would take the SDK's own ones of the same names along, such as the key's.
+        client._custom_headers = {}  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    return client
 
 
 def platform_schema(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -162,6 +162,8 @@ def generate_usage(usage: object) -> Usage:
         known_input += count_in(usage, "tool_use_prompt_token_count") or 0
     if output is not None or thoughts is not None:
         output = (output or 0) + (thoughts or 0)
+    elif known_input is not None and known_input == count_in(usage, "total_token_count"):
+        output = 0  # which isn't sent, as of an answer that was refused
     return Usage(
         input_tokens=known_input,
         output_tokens=output,

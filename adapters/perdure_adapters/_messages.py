@@ -91,16 +91,11 @@ class MessagesReader:
         """The tokens so far, those of the responses before this one included."""
         if not self._usage:
             return self._spent
-        settled = self._settled or self.stopped
-        here = messages_usage(self._usage, settled=settled)
+        here = messages_usage(self._usage, settled=self._settled or self.stopped)
         if self._spent is None:
             return here
-        changes: dict[str, Any] = {
-            "raw": {"responses": [*_raws(self._spent.raw), *_raws(here.raw)]}
-        }
-        if not settled:  # nor is the sum known
-            changes |= {"output_tokens": None, "reasoning_tokens": None}
-        return (self._spent + here).model_copy(update=changes)
+        raws = [*_raws(self._spent.raw), *_raws(here.raw)]
+        return (self._spent + here).model_copy(update={"raw": {"responses": raws}})
 
     def feed(self, event: Mapping[str, Any]) -> Sequence[Event]:
         """Return what ``event``, which is none of an error, says.

@@ -268,14 +268,20 @@ class Appender:
         self._over = True
         self._reason.stop(Stop.LOST)
 
+    async def append_known(self) -> bool:
+        """Append all that is known by now; returns whether it was written, see also `failure`.
+
+        Of a call that may be picked up again nothing else says what it has used so far.
+        """
+        self._usage_at = -math.inf
+        return await self._append_decided(_nothing_more)
+
     async def catch_up(self) -> None:
         """Append all that is known by now, then read what others have written; see also `failure`.
 
-        For who leaves the task to others: of a call that is picked up again nothing else says what
-        it has used so far.
+        For who leaves the task to others.
         """
-        self._usage_at = -math.inf
-        if await self._append_decided(_nothing_more):
+        if await self.append_known():
             async with self._appending:
                 try:
                     await self._look_again()

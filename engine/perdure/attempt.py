@@ -373,9 +373,7 @@ class Attempt:
 
         accepted = self._accepted
         if accepted is not None and accepted.reattachable and not error.response_over:
-            await (
-                self._appender.catch_up()
-            )  # if it is picked up, nothing else says what it has used
+            await self._appender.append_known()  # it may be picked up
         written = await self._appender.append_ending(failed)
         # Nobody will ever ask for what it goes on with, unless the task has another owner now.
         if written and not picked_up and not error.response_over:

@@ -80,7 +80,7 @@ class Presence:
         if not self._registered:
             self._registered = True
             await self._log.write(
-                lambda tx: liveness.register_worker(tx, self.worker_id, self._lease)
+                lambda tx: liveness.register_worker(tx, self.worker_id, self.lease)
             )
 
     async def take_new_name(self) -> None:
@@ -129,7 +129,7 @@ class Presence:
         """
 
         def show(tx: Transaction) -> tuple[Census, datetime | None]:
-            census = liveness.beat_and_look(tx, self.worker_id, self._lease)
+            census = liveness.beat_and_look(tx, self.worker_id, self.lease)
             return census, None if scope is None else claims.next_due_in(tx, scope)
 
         try:
@@ -138,11 +138,11 @@ class Presence:
         except Exception:
             self._expires = math.inf  # it is no reason to try again before the next sign is due
             raise
-        return News(taken_over, due is not None and due <= self._database.now + self._lease)
+        return News(taken_over, due is not None and due <= self._database.now + self.lease)
 
     async def recover_lost(self) -> int:
         """Take over what lost workers had; returns how many tasks that were."""
-        census = await liveness.look_around(self._database, self._lease, self._database.now)
+        census = await liveness.look_around(self._database, self.lease, self._database.now)
         return await self._take_over(census)
 
     async def calls_stopped(self) -> None:
@@ -151,7 +151,8 @@ class Presence:
             await asyncio.wait(set(self._stopping))
 
     @property
-    def _lease(self) -> timedelta:
+    def lease(self) -> timedelta:
+        """For how long a sign of life holds."""
         return timedelta(seconds=self._settings.lease_seconds)
 
     async def _take_over(self, census: Census) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from perdure.appending import Timing
 from perdure.errors import InvalidConfig
 from perdure.policy import RetryPolicy
+from perdure.store.readonly import LONGEST_LEASE
 
 __all__ = ["WorkerSettings"]
 
@@ -51,6 +52,8 @@ class WorkerSettings:
                 raise InvalidConfig(f"{name}: give seconds, not {seconds!r:.80}")
             if not 0 < seconds < math.inf:
                 raise InvalidConfig(f"{name}: {seconds:g} s: give more than 0 s")
+            if seconds > LONGEST_LEASE:
+                raise InvalidConfig(f"{name}: {seconds:g} s: give {LONGEST_LEASE} s or less")
         if self.lease_seconds <= self.heartbeat_seconds:
             raise InvalidConfig(
                 f"lease_seconds: {self.lease_seconds:g} s: give more than heartbeat_seconds, "

@@ -272,7 +272,11 @@ class Worker:
         models = self._platforms.default_models()
         try:
             claimed, head = await self._log.write_last(
-                lambda tx: claims.claim(tx, self.worker_id, free, scope, models, self._unreadable)
+                lambda tx: claims.claim(
+                    *(tx, self.worker_id, free, scope, models),
+                    unreadable=self._unreadable,
+                    lease=self._presence.lease,
+                )
             )
         except DatabaseUnavailable as error:
             # Whether something was claimed isn't known: it would be ours, with nobody at it.

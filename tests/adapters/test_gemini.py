@@ -30,7 +30,7 @@ from perdure.errors import (
 from perdure.events import Accepted, Chunk, Completed, Event, UsageReported
 from perdure.task import Usage
 from perdure_adapters import GeminiAdapter
-from perdure_adapters._generate import FINISH_REASONS
+from perdure_adapters._generate import FINISH_REASONS, generate_usage
 from servers.chat import nobody_listens
 from servers.gemini import TEXT, GeminiServer, Scenario, generate_events, interaction_events
 
@@ -237,6 +237,21 @@ class TestUsage:
         raw[-1]["interaction"]["usage"] = sent
         usage = end_of(await run(gemini_server, a_call(raw=raw))).usage
         assert usage == Usage(input_tokens=7, output_tokens=12, raw=sent)
+
+    @pytest.mark.parametrize(
+        ("told", "output"),
+        [
+            ({"total_token_count": 9}, 0),
+            ({"total_token_count": 12, "tool_use_prompt_token_count": 3}, 0),
+            ({"total_token_count": 11}, None),
+            ({}, None),
+            ({"total_token_count": 12, "thoughts_token_count": 3}, 3),
+        ],
+    )
+    def test_nought_is_left_out(self, told: dict[str, int], output: int | None) -> None:
+        """An answer without tokens, as one that was refused, is known by the sum."""
+        usage = generate_usage({"prompt_token_count": 9, **told})
+        assert usage.output_tokens == output
 
     @pytest.mark.parametrize("way", WAYS)
     async def test_none_is_unknown(self, gemini_server: GeminiServer, way: str) -> None:

@@ -26,6 +26,7 @@ from perdure.testing import ScriptedAdapter
         ({"concurrency": True}, "concurrency: give a whole number, not True"),
         ({"poll_seconds": "1"}, "poll_seconds: give seconds, not '1'"),
         ({"lease_seconds": None}, "lease_seconds: give seconds, not None"),
+        ({"lease_seconds": 1e12}, "lease_seconds: 1e+12 s: give 31536000 s or less"),
         ({"concurrency": -1}, "concurrency: -1 attempts: give 1 or more"),
         ({"heartbeat_seconds": 0}, "heartbeat_seconds: 0 s: give more than 0 s"),
         ({"poll_seconds": -0.5}, "poll_seconds: -0.5 s: give more than 0 s"),

@@ -7,13 +7,16 @@ import contextlib
 import threading
 from collections.abc import Generator
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from perdure.events import Interrupted, Running
 from perdure.store import claims, liveness
 from perdure.store.claims import Claimed, Scope
+from perdure.store.schema import workers
 from perdure.store.scoping import Unreadable
 from perdure.store.transaction import Transaction
 from store.backends import Backend, Store, append_newer, opened, submitted
@@ -66,6 +69,28 @@ async def test_submitted_and_claimed_by_one_commit(
     assert (head, len(moments)) == (2, 1)
     assert await store.log.append("one", [], 2) == 2  # its owner may go on
     assert_sound(database_url)
+
+
+async def test_a_worker_that_was_forgotten_keeps_its_lease(
+    store: Store, backend: Backend, database_url: str
+) -> None:
+    """It was away for long, and claims before it shows itself again."""
+    await store.submit("one")
+    lease = timedelta(seconds=600)
+    await store.log.write(lambda tx: claims.claim(tx, "worker", 1, Scope(), MODELS, lease=lease))
+    assert backend.query(database_url, "SELECT lease_seconds FROM workers") == [(600.0,)]
+
+
+@pytest.mark.parametrize("absurd", [1e300, -1.0, 0.0])
+async def test_a_lease_that_can_not_be_counts_as_none(store: Store, absurd: float) -> None:
+    """Only somebody else can have written it, and it is no trouble for others."""
+    await _registered(store)
+    await store.log.write(
+        lambda tx: tx.connection.execute(sa.update(workers).values(lease_seconds=absurd))
+    )
+    usual = timedelta(seconds=30)
+    census = await liveness.look_around(store.database, usual, store.database.now)
+    assert (census.alive, census.lost) == (1, [])
 
 
 async def test_by_priority_then_age(store: Store) -> None:

@@ -295,6 +295,23 @@ async def test_files_are_content(database_url: str, tmp_path: Path) -> None:
     assert_whole(database_url, redacted=2)
 
 
+async def test_a_digest_in_a_prompt_is_no_name(database_url: str, tmp_path: Path) -> None:
+    """Somebody may ask about it, also in capitals, as some tools print it."""
+    (tmp_path / f"{WORD}.txt").write_text(f"{WORD} in a file")
+    async with opened(database_url) as store:
+        task_id = await take_in(
+            store, secret_task(files=(str(tmp_path / f"{WORD}.txt"),), **harmless())
+        )
+        (file,) = (await Records(store.database).task(task_id)).files
+        assert isinstance(file, Attachment)
+        assert file.digest is not None
+        about = secret_task(**harmless() | {"prompt": f"Whose is {file.digest.upper()}?"})
+        await take_in(store, about)
+        await store.log.append(task_id, [Cancelled()], 1)
+        await take_out(store, task_id)
+        assert await load_blobs(store.database, [file.digest]) == {}
+
+
 async def test_readers_of_what_was_redacted(database_url: str) -> None:
     """Its events can still be read, without their content; views show none of it."""
     async with opened(database_url) as store:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,9 @@ _BOM: Final = b"\xef\xbb\xbf"
 _DELIMITERS: Final = ",;\t"
 # Cells of these columns may hold JSON; one that doesn't is taken as the one item of a list.
 _LISTS: Final = frozenset({"files", "fallbacks", "stop_sequences"})
+# Of these one may well begin like JSON, as `[DONE]` does.
+_TEXTS: Final = frozenset({"stop_sequences"})
+_LIST: Final = re.compile(r'\s*\[\s*(?:"|\])')
 _STRUCTURED: Final = _LISTS | {
     "messages",
     "context",
@@ -291,7 +295,7 @@ def _encodable(text: str) -> bool:
 def _cell(name: str, cell: str) -> Any:  # noqa: ANN401 - text, or what its JSON holds
     if name not in _STRUCTURED:
         return cell
-    if cell.lstrip().startswith(("[", "{")):
+    if cell.lstrip().startswith(("[", "{")) and not (name in _TEXTS and not _LIST.match(cell)):
         try:
             return _parse(cell.encode())
         except _Unreadable as error:

@@ -20,7 +20,7 @@ from perdure.cli.records import (
 )
 from perdure.cli.session import Session
 from perdure.cli.terminal import is_terminal, say, show, show_json
-from perdure.store.readonly import Reader
+from perdure.store.readonly import LONGEST_LEASE, Reader
 
 if TYPE_CHECKING:
     from perdure.events import Chunk
@@ -153,7 +153,7 @@ def _told(row: sqlite3.Row) -> str:
 
 def _holds(worker: sqlite3.Row) -> bool:
     """Return whether a worker's last sign of life still holds."""
-    lease = timedelta(seconds=worker["lease_seconds"] or _SILENCE_SECONDS)
+    lease = timedelta(seconds=min(worker["lease_seconds"] or _SILENCE_SECONDS, LONGEST_LEASE))
     return datetime.fromisoformat(worker["heartbeat_at"]) + lease > datetime.now(UTC)
 
 

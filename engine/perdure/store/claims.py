@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -64,6 +64,7 @@ def claim(
     scope: Scope,
     models: Mapping[str, str | None],
     unreadable: Unreadable | None = None,
+    lease: timedelta | None = None,
 ) -> list[Claimed]:
     """Take up to ``limit`` due tasks, by priority, then age: two workers can't get the same one.
 
@@ -77,6 +78,7 @@ def claim(
         models: Platform -> the model to use where a task names none.
         unreadable: Is told of tasks that are due and can't be read. They are left alone, and take
             the place of others unless the scope excludes them.
+        lease: For how long the worker's signs of life hold, should nobody know it any more.
     """
     due = _due_tasks(tx, scope, limit)
     fresh = _due_at_once(tx, scope)
@@ -103,7 +105,7 @@ def claim(
         tx.append(task_id, (started,), before.version)
         claimed.append(Claimed(task_id, fold.state, asked[task_id], output, before))
     if claimed:
-        beat(tx, worker)  # who owns something is never without a row that says it is alive
+        beat(tx, worker, lease)  # who owns something is never without a row that says it is alive
     return claimed
 
 

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from perdure.store.database import Database
 from perdure.store.direct import Statement
+from perdure.store.readonly import LONGEST_LEASE
 from perdure.store.schema import tasks, workers
 from perdure.store.transaction import Transaction
 
@@ -151,8 +152,10 @@ def _census(
 
 
 def _lease_of(row: sa.RowMapping, usual: timedelta) -> timedelta:
-    seconds: float | None = row["lease_seconds"]
-    return usual if seconds is None else timedelta(seconds=seconds)
+    seconds: object = row["lease_seconds"]
+    if not isinstance(seconds, (int, float)) or not 0 < seconds <= LONGEST_LEASE:
+        return usual
+    return timedelta(seconds=seconds)
 
 
 def _runs(row: sa.RowMapping, here: str) -> bool:

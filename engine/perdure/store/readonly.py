@@ -32,6 +32,7 @@ __all__ = [
     "APPLICATION_ID",
     "BUSY_SECONDS",
     "IN_MEMORY",
+    "LONGEST_LEASE",
     "REVISION",
     "UNREADABLE_URL",
     "VIEWS",
@@ -52,6 +53,8 @@ __all__ = [
 
 # The migration this code is written for. A constant, since asking alembic costs most of a second.
 REVISION: Final = "0005"
+# Seconds: a year. A moment that is later by it is still one.
+LONGEST_LEASE: Final = 31_536_000
 
 # "perd", in the header of every SQLite file that is ours.
 APPLICATION_ID: Final = 0x70657264

@@ -117,11 +117,14 @@ def _naming(connection: Connection, digests: Sequence[str]) -> str | None:
     That is found out by a look at all tasks: there is no index of what they name.
     """
     text = sa.cast(events.c.data, sa.Text)
+    # Not LIKE, to which on SQLite a digest in capitals is the same.
+    place = sa.func.strpos if connection.dialect.name == "postgresql" else sa.func.instr
     return connection.scalar(
         sa.select(text)
         .join_from(streams, events, events.c.position == streams.c.stream_id)
         .where(
-            events.c.type == Submitted.type, sa.or_(*(text.contains(digest) for digest in digests))
+            events.c.type == Submitted.type,
+            sa.or_(*(place(text, digest) > 0 for digest in digests)),
         )
         .limit(1)
     )
