@@ -16,6 +16,9 @@ from programs import Program, query, write_rows
 
 from perdure.batch import Tally
 from perdure.cli.asking import Streamed
+from perdure.cli.finding import Status
+from perdure.cli.redoing import _of_batch
+from perdure.cli.session import Session
 from perdure.cli.summary import cost
 from perdure.cli.watching import _Lines
 
@@ -351,6 +354,33 @@ def test_the_end_says_what_failed(perdure: Perdure, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("spelling", ["home", "stdin"])
+def test_results_are_never_written_over_their_own_input(
+    perdure: Perdure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    """However it is spelt, and where the shell has opened it."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "x"}\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if spelling == "home":
+        ended = perdure("run", rows, "-p", "demo", "--out=~/rows.jsonl")
+    else:
+        command = [sys.executable, "-c", "from perdure.cli.entry import main; main()", "run", "-"]
+        with rows.open() as given:
+            done = subprocess.run(
+                [*command, "-p", "demo", "--out", str(rows)],
+                stdin=given,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=120,
+            )
+        ended = Ended(done.returncode, done.stdout, done.stderr)
+    assert ended.code == 2, ended
+    assert "is the input" in ended.err
+    assert rows.read_text() == '{"prompt": "x"}\n'
+
+
 def test_the_results_file_is_never_half_there(
     perdure: Perdure, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -549,6 +579,26 @@ def test_retry_goes_on_from_the_latest_run(perdure: Perdure, database: Path) -> 
         (second, first),
         (third, second),
     ]
+
+
+def test_retry_of_a_batch_is_of_what_there_was(
+    perdure: Perdure, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails in it meanwhile, as the very tasks that run others again, isn't meant."""
+    monkeypatch.setattr("perdure.cli.redoing._TOGETHER", 2)
+
+    def failing(*numbers: int) -> None:
+        rows = [{"prompt": f"{n}", "options": {"fail": "ContentRefused"}} for n in numbers]
+        perdure("run", write_rows(tmp_path / "rows.jsonl", rows), "-p", "demo", "--name", "b")
+
+    failing(1, 2, 3)
+    there = [task_id for (task_id,) in query(database, "SELECT task_id FROM tasks")]
+    pages = _of_batch(Session(db=str(database)), "b", [Status.FAILED])
+    found = next(pages)
+    failing(4, 5)
+    for page in pages:
+        found += page
+    assert sorted(found) == sorted(there)
 
 
 # how it looks

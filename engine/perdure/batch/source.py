@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import stat
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
@@ -51,6 +52,14 @@ class Source:
         with BufferedReader(self.open(), _BUFFER) as stream:
             detected = detect_layout(self.name, stream.peek(4096))
             yield from read_rows(stream, layout or detected, name=self.name, remark=remark)
+
+    def reads(self, place: Path) -> bool:
+        """Return whether it is read from the file at ``place``, if there is one."""
+        try:
+            given = os.fstat(0) if self.path is None else self.path.stat()
+            return os.path.samestat(given, place.expanduser().stat())
+        except (OSError, RuntimeError):  # closed, gone, or of a user that there isn't
+            return False
 
     def open(self) -> FileIO:
         """Open it; whoever calls this closes it.

@@ -197,7 +197,7 @@ def _prepare(
     batch = batch_name(source.batch if name is None else name)
     if out is not None and str(out) != "-":
         WholeFile.check(out, "--out", session.file)
-        if source.path is not None and out.is_file() and out.samefile(source.path):
+        if source.reads(out):
             raise InvalidTask(f"--out: {out} is the input; name another file")
     return source, batch, Defaults({**options.task_fields(), **options.constraints()})
 

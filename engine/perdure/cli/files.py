@@ -164,7 +164,8 @@ def vacuum(
 ) -> None:
     """Give space that nothing needs any more back to the disk; says the size before and after.
 
-    Whoever writes waits meanwhile.
+    Whoever writes waits meanwhile, for half a minute at most: stop the workers first where the file
+    is large and all of it is written anew.
     """
     database = session.database()
     database.prepare(create=False)

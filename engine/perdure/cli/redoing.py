@@ -219,13 +219,16 @@ def _of_batch(session: Session, batch: str, statuses: Sequence[Status]) -> Itera
     named = ", ".join(f"'{status}'" for status in statuses)
     query = (
         f"SELECT stream_id, task_id FROM tasks AS t WHERE batch = ? AND status IN ({named}) "
-        "AND stream_id > ? "
+        "AND stream_id > ? AND stream_id <= ? "
         "AND NOT EXISTS (SELECT 1 FROM tasks AS again WHERE again.retry_of = t.task_id) "
         f"ORDER BY stream_id LIMIT {_TOGETHER}"
     )
     last = 0
     with Reader.open(session.url) as reader:
-        while page := list(reader.rows(query, (batch, last))):
+        # What comes later isn't meant, as what this command itself submits, and others fail again.
+        newest = reader.one("SELECT max(stream_id) AS newest FROM tasks WHERE batch = ?", (batch,))
+        end = 0 if newest is None else newest["newest"] or 0
+        while page := list(reader.rows(query, (batch, last, end))):
             last = page[-1]["stream_id"]
             yield [row["task_id"] for row in page]
 

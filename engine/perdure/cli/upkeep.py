@@ -182,7 +182,8 @@ def _tell(session: Session, report: VerifyReport, archives: Sequence[Mapping[str
 def rebuild(session: Session) -> None:
     """Throw the `tasks` table away and compute it again from the log.
 
-    Nothing is lost by it. Whoever writes waits meanwhile; who reads doesn't notice.
+    Nothing is lost by it. Whoever writes waits meanwhile, for half a minute at most: stop the
+    workers first where the log has more than two million events. Who reads doesn't notice.
     """
     from perdure.store import rebuilding
     from perdure.store.helping import helpers_for
