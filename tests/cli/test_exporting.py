@@ -134,16 +134,17 @@ class TestExport:
 
     def test_more_than_a_page(self, database: Path, migrated_file: Path, perdure: Perdure) -> None:
         """However many rows there are, each comes once and in order."""
-        import perdure.cli.exporting as room
+        from perdure.cli import exporting, paging
 
         database.write_bytes(migrated_file.read_bytes())
         names = [f"demo_{n:04}" for n in range(25)]
         tell_all(database, ((name, (asked("x" * 100),), NOON) for name in names))
         monkeypatch = pytest.MonkeyPatch()
         with monkeypatch.context() as patch:
-            patch.setattr(room, "_PAGE_ROWS", 4)
+            patch.setattr(exporting, "PAGE_ROWS", 4)
+            patch.setattr(paging, "PAGE_ROWS", 4)
             assert [json.loads(line)["task_id"] for line in perdure("export").lines] == names
-            patch.setattr(room, "_PAGE_CHARACTERS", 150)
+            patch.setattr(paging, "PAGE_CHARACTERS", 150)
             assert [json.loads(line)["task_id"] for line in perdure("export").lines] == names
             lines = perdure("export", "--events").lines
             assert [json.loads(line)["position"] for line in lines] == list(range(1, 26))

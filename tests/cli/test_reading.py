@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from datetime import timedelta
@@ -30,8 +31,10 @@ from stories import (
     tell,
 )
 
+from perdure.cli.records import event_rows
 from perdure.events import Chunk, Completed
 from perdure.store.database import Database
+from perdure.store.readonly import Reader
 from perdure.store.redaction import redact
 from perdure.store.transaction import FoldCache, Transaction
 
@@ -52,6 +55,28 @@ def redact_content(path: Path, task_id: str) -> None:
         redact(transaction, task_id, "me", None)
         transaction.flush()
     writer.close()
+
+
+def test_more_events_than_a_page(
+    story: Path, perdure: Perdure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, each comes once and in order."""
+    whole = perdure("log", ONE).lines
+    monkeypatch.setattr("perdure.cli.paging.PAGE_ROWS", 2)
+    assert perdure("log", ONE).lines == whole
+    assert len(whole) > 2
+
+
+def test_whoever_is_slow_to_read_holds_nothing_back(story: Path) -> None:
+    """A pager that waits for its user keeps no other process from its checkpoints."""
+    with Reader.open(str(story)) as reader:
+        events = event_rows(reader, ONE)
+        assert next(events)["version"] == 1
+        with contextlib.closing(sqlite3.connect(story, 0.2, isolation_level=None)) as other:
+            other.execute("CREATE TABLE of_somebody_else (a)")
+            busy, frames, _ = other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        assert (busy, frames) == (0, 0)
+        assert next(events)["version"] == 2
 
 
 class TestIds:

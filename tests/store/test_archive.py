@@ -34,7 +34,7 @@ from perdure.events import Archived, Cancelled, Chunk, Completed, Redacted, deco
 from perdure.lifecycle import evolve
 from perdure.store import archive as archive_module
 from perdure.store import archivefile
-from perdure.store.archive import ArchiveReport, archive, survey
+from perdure.store.archive import ArchiveReport, _parts, archive, survey
 from perdure.store.claims import load_blobs
 from perdure.store.database import Database
 from perdure.store.gaps import Gap, joined
@@ -58,6 +58,15 @@ KEPT = (
     "labels",
 )  # fmt: skip
 CONTENT = ("prompt", "output", "partial_output", "error", "files_created", "tool_calls")
+
+
+def test_what_is_dropped_together() -> None:
+    """Many small ones, or few that are large: whoever writes waits as long as it takes."""
+    small = {f"{number:04}": 10 for number in range(1001)}
+    assert [len(part) for part in _parts(small)] == [500, 500, 1]
+    large = {"a": 40 * 2**20, "b": 20 * 2**20, "c": 4 * 2**20, "d": 1, "e": 2**40}
+    assert list(_parts(large)) == [["a", "b", "c"], ["d", "e"]]
+    assert list(_parts({})) == []
 
 
 async def put_away(store: Store, file: Path, before: datetime = LATER, **how: Any) -> ArchiveReport:
@@ -322,7 +331,7 @@ class TestWhatIsMoved:
         await store.log.append("t0", [Cancelled()], 1)
         look = archive_module._unnamed_blobs
 
-        def then_somebody_names_it(database: Database) -> tuple[int, list[str]]:
+        def then_somebody_names_it(database: Database) -> tuple[int, dict[str, int]]:
             found = look(database)
             assert len(found[1]) == 1
             asyncio.run_coroutine_threadsafe(take_in("t1"), loop).result()

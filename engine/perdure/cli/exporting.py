@@ -14,6 +14,7 @@ import typer
 
 from perdure.cli.figures import things
 from perdure.cli.finding import FilterOptions
+from perdure.cli.paging import PAGE_ROWS, each_row
 from perdure.cli.records import EVENT_COLUMNS, TASK_COLUMNS, event_record, events_query, record_of
 from perdure.cli.session import Session
 from perdure.cli.tables import csv_line
@@ -24,9 +25,6 @@ from perdure.wholefile import WholeFile
 __all__ = ["export"]
 
 Emit = Callable[[str], object]
-
-_PAGE_ROWS: Final = 1000
-_PAGE_CHARACTERS: Final = 4 * 2**20
 
 
 def export(
@@ -88,14 +86,14 @@ def _tasks(reader: Reader, where: str, parameters: Mapping[str, object]) -> Iter
     """Yield the tasks that match now, in the order of their submission."""
     found = reader.rows(f"SELECT t.stream_id FROM tasks AS t WHERE {where}", parameters)
     chosen = array("q", sorted(array("q", (row["stream_id"] for row in found))))
-    for first in range(0, len(chosen), _PAGE_ROWS):
-        named = ", ".join(map(str, chosen[first : first + _PAGE_ROWS]))
+    for first in range(0, len(chosen), PAGE_ROWS):
+        named = ", ".join(map(str, chosen[first : first + PAGE_ROWS]))
         among = f"t.stream_id IN ({named})"
-        yield from _each(reader, _PAGE_OF_TASKS.format(among), {}, "stream_id", chosen[-1])
+        yield from each_row(reader, _PAGE_OF_TASKS.format(among), {}, "stream_id")
 
 
 _PAGE_OF_TASKS: Final = """
-    SELECT t.* FROM tasks AS t WHERE {} AND t.stream_id > :after AND t.stream_id <= :last
+    SELECT t.* FROM tasks AS t WHERE {} AND t.stream_id > :after
     ORDER BY t.stream_id
 """
 
@@ -110,31 +108,5 @@ def _events(reader: Reader, where: str, parameters: Mapping[str, object]) -> Ite
         "e.position",
     )
     head = reader.one("SELECT position FROM log_head")
-    yield from _each(reader, query, parameters, "position", head["position"] if head else 0)
-
-
-def _each(
-    reader: Reader, query: str, parameters: Mapping[str, object], key: str, last: int
-) -> Iterator[sqlite3.Row]:
-    """Yield the rows of a query page by page along ``key``, up to ``last``.
-
-    No query stays open while rows are written out: it would hold back the database's checkpoints
-    for as long as the reader at the other end of a pipe takes.
-    """
-    bounds = {"after": 0, "last": last}
-    limited = f"{query} LIMIT {_PAGE_ROWS}"
-    while page := _page(reader.rows(limited, {**parameters, **bounds})):
-        yield from page
-        bounds["after"] = page[-1][key]
-
-
-def _page(rows: Iterator[sqlite3.Row]) -> list[sqlite3.Row]:
-    """Return rows until they are enough, by their number or their size."""
-    page: list[sqlite3.Row] = []
-    size = 0
-    for row in rows:
-        page.append(row)
-        size += sum(len(value) for value in row if isinstance(value, str))
-        if size > _PAGE_CHARACTERS:
-            break
-    return page
+    last = head["position"] if head else 0
+    yield from each_row(reader, query, {**parameters, "last": last}, "position")

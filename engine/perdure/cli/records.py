@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any, Final
 
+from perdure.cli.paging import each_row
 from perdure.errors import PerdureError, TaskArchived
 from perdure.store.readonly import Reader
 
@@ -20,6 +21,7 @@ __all__ = [
     "event_rows",
     "events_query",
     "find_task_row",
+    "first_event_row",
     "record_of",
     "refuse_archived",
     "text_so_far",
@@ -141,7 +143,13 @@ def text_so_far(reader: Reader, task_id: str) -> str:
 def event_rows(reader: Reader, task_id: str, after: int = 0) -> Iterator[sqlite3.Row]:
     """Iterate over a task's events after a version, as they are stored."""
     query = events_query(reader, "s.task_id = :task_id AND e.version > :after", "e.version")
-    return reader.rows(query, {"task_id": task_id, "after": after})
+    return each_row(reader, query, {"task_id": task_id}, "version", after)
+
+
+def first_event_row(reader: Reader, task_id: str) -> sqlite3.Row | None:
+    """Return a task's first event that there is."""
+    query = events_query(reader, "s.task_id = :task_id", "e.version")
+    return reader.one(f"{query} LIMIT 1", {"task_id": task_id})
 
 
 def event_record(row: sqlite3.Row) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from perdure.cli.figures import count, dollars, seconds, size
 from perdure.cli.moments import clock, day_and_clock, duration, how_long_ago
-from perdure.cli.records import ENDED, event_rows, find_task_row, record_of, text_so_far
+from perdure.cli.records import ENDED, find_task_row, first_event_row, record_of, text_so_far
 from perdure.cli.tables import paint
 from perdure.cli.terminal import is_terminal, json_text, one_line
 from perdure.store.readonly import Reader
@@ -53,7 +53,7 @@ def _definition(reader: Reader, task_id: str) -> Known | None:
     from perdure.events import Submitted, decode, is_redacted
     from perdure.store.content import restore
 
-    first = next(event_rows(reader, task_id), None)
+    first = first_event_row(reader, task_id)
     if first is None or is_redacted(first["data"]):
         return None
     event = decode(first["type"], first["schema_version"], first["data"])

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -43,9 +43,12 @@ from perdure.store.gaps import open_gaps
 from perdure.store.log import EventLog
 from perdure.store.scanning import UNREADABLE, Progress
 from perdure.store.schema import blobs, events, log_head, streams, tasks
-from perdure.store.transaction import Transaction, chunks_of
+from perdure.store.transaction import IN_LIMIT, Transaction, chunks_of
 
 __all__ = ["ArchivePlan", "ArchiveReport", "Stages", "archive", "survey"]
+
+# Of blobs, in one transaction: what is deleted is overwritten, and goes through the WAL.
+MOST_BYTES_DROPPED: Final = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,16 +324,31 @@ async def _drop_blobs(log: EventLog, database: Database) -> int:
     """Delete the blobs that no task in the log names; returns how many those were."""
     head, unnamed = await asyncio.to_thread(_unnamed_blobs, database)
     dropped = 0
-    for part in chunks_of(unnamed):
+    for part in _parts(unnamed):
         dropped += await log.write(partial(_drop, digests=part, since=head), alone=True)
     return dropped
 
 
-def _unnamed_blobs(database: Database) -> tuple[int, list[str]]:
-    """Return the log's head, and the blobs that no task up to there names."""
+def _parts(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Divide blobs into those that are dropped together: others wait as long as that takes."""
+    part: list[str] = []
+    octets = 0
+    for digest, size in sizes.items():
+        part.append(digest)
+        octets += size
+        if octets >= MOST_BYTES_DROPPED or len(part) == IN_LIMIT:
+            yield part
+            part, octets = [], 0
+    if part:
+        yield part
+
+
+def _unnamed_blobs(database: Database) -> tuple[int, dict[str, int]]:
+    """Return the log's head, and the blobs that no task up to there names, with their sizes."""
     with database.snapshot() as connection:
         head = connection.execute(sa.select(log_head.c.position)).scalar_one()
-        unnamed = set(connection.scalars(sa.select(blobs.c.digest)))
+        sizes = dict(plain_rows(connection, sa.select(blobs.c.digest, blobs.c.size)))
+        unnamed = set(sizes)
         last = 0
         # A stream's key is the position of its first event, if that is still here.
         page = (
@@ -345,7 +363,7 @@ def _unnamed_blobs(database: Database) -> tuple[int, list[str]]:
             if len(rows) < scanning.PAGE:
                 break
             last = rows[-1][0]
-    return int(head), sorted(unnamed)
+    return int(head), {digest: sizes[digest] for digest in sorted(unnamed)}
 
 
 def _named(stored: Any) -> set[str]:  # noqa: ANN401 - texts, one after the other
@@ -356,6 +374,7 @@ def _named(stored: Any) -> set[str]:  # noqa: ANN401 - texts, one after the othe
 
 
 def _drop(tx: Transaction, *, digests: Sequence[str], since: int) -> int:
+    take_time(tx.connection)  # what was submitted meanwhile may be much
     # Whoever is about to name one of them holds this lock, and is waited for.
     tx.connection.execute(
         sa.select(blobs.c.digest)

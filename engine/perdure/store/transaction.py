@@ -45,7 +45,7 @@ from perdure.store.projection import ChangingColumns, TaskFold, TaskRow
 from perdure.store.schema import blobs, events, log_head, streams, tasks
 from perdure.text import is_storable
 
-__all__ = ["FoldCache", "Transaction", "chunks_of"]
+__all__ = ["IN_LIMIT", "FoldCache", "Transaction", "chunks_of"]
 
 # Well below the number of parameters a statement may have on any supported SQLite.
 IN_LIMIT: Final = 500
