@@ -72,7 +72,7 @@ def test_whoever_is_slow_to_read_holds_nothing_back(story: Path) -> None:
     with Reader.open(str(story)) as reader:
         events = event_rows(reader, ONE)
         assert next(events)["version"] == 1
-        with contextlib.closing(sqlite3.connect(story, 0.2, isolation_level=None)) as other:
+        with contextlib.closing(sqlite3.connect(story, timeout=0.2, isolation_level=None)) as other:
             other.execute("CREATE TABLE of_somebody_else (a)")
             busy, frames, _ = other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         assert (busy, frames) == (0, 0)
