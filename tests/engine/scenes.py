@@ -190,7 +190,7 @@ def run_on_an_island(db: str) -> None:
     signal.signal(signal.SIGUSR2, lambda *_: switch(on=True))
     with CuttingProxy(db) as network:
         say("network up")
-        asyncio.run(run(network.url, until_done=False))
+        asyncio.run(run(network.url, settings={"lease_seconds": 2.0}, until_done=False))
 
 
 SCENES: dict[str, Callable[..., Any]] = {

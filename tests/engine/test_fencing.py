@@ -316,6 +316,7 @@ async def test_a_stopped_process_that_comes_back_writes_nothing(
         "run",
         db=db,
         options={"journal": str(journal), "words": 100_000, "chunk_words": 1, "delay": 0.01},
+        settings={"lease_seconds": 2.0},
         until_done=False,
     )
     async with engine_on(db, DemoAdapter(), run=False) as engine:
@@ -325,8 +326,8 @@ async def test_a_stopped_process_that_comes_back_writes_nothing(
         await stop_between_writes(sleeper, db)
     adapter = DemoAdapter(words=30, journal=str(journal))
     (asleep,) = query(db, "SELECT worker_id FROM workers")[0]
-    async with engine_on(db, adapter, settings={"lease_seconds": 0.5}) as engine:
-        results = [await engine.get_result(task_id, 30) for task_id in ids]
+    async with engine_on(db, adapter) as engine:
+        results = [await engine.get_result(task_id, 60) for task_id in ids]
         assert all(result.success and result.attempts == 2 for result in results)
         before = {task_id: stored_events(db, task_id) for task_id in ids}
         sleeper.signal(signal.SIGCONT)

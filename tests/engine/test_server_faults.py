@@ -61,14 +61,14 @@ async def test_cut_off_from_the_database(db: str) -> None:
     hold = Hold()
     silent = ScriptedAdapter("half", hold, "never", Completed())
     with CuttingProxy(db) as network:
-        async with Engine.open(network.url, adapters=[silent], settings=FAST) as first:
+        settings = replace(FAST, lease_seconds=2.0)
+        async with Engine.open(network.url, adapters=[silent], settings=settings) as first:
             task_id = await first.submit_task(Task(prompt="Say hello."))
             await hold.reached.wait()
             await eventually(lambda: count_events(db, "chunk"))
             network.hold()
-            settings = replace(FAST, lease_seconds=0.5)
             async with Engine.open(
-                db, adapters=[ScriptedAdapter(platform=silent.platform)], settings=settings
+                db, adapters=[ScriptedAdapter(platform=silent.platform)], settings=FAST
             ) as second:
                 result = await second.get_result(task_id, 60)
             assert result.attempts == 2
@@ -131,8 +131,7 @@ async def test_a_network_that_is_gone(db: str, nursery: Nursery) -> None:
         await eventually(lambda: count_events(db, "chunk") >= 5)
         ((first,),) = query(db, "SELECT worker FROM tasks")
         child.signal(signal.SIGUSR1)
-        settings = replace(FAST, lease_seconds=2.0)
-        async with Engine.open(db, adapters=[DemoAdapter()], settings=settings) as second:
+        async with Engine.open(db, adapters=[DemoAdapter()], settings=FAST) as second:
             await eventually(lambda: query(db, "SELECT attempts FROM tasks") == [(2,)])
             assert await second.cancel_task(task_id)
             await second.get_result(task_id, 60)
