@@ -20,7 +20,7 @@ from perdure.cli.records import (
 )
 from perdure.cli.session import Session
 from perdure.cli.terminal import is_terminal, say, show, show_json
-from perdure.store.readonly import LONGEST_LEASE, Reader
+from perdure.store.readonly import Reader, lease_of
 
 if TYPE_CHECKING:
     from perdure.events import Chunk
@@ -30,7 +30,7 @@ __all__ = ["follow", "tail"]
 # Often enough that nobody sees the difference, and a look takes microseconds.
 _LOOK_SECONDS: Final = 0.01
 # As long as a worker may be silent before it has lost its tasks, where it doesn't say.
-_SILENCE_SECONDS: Final = 30.0
+_SILENCE: Final = timedelta(seconds=30)
 
 
 def tail(session: Session, task_id: IdArgument) -> int:
@@ -153,7 +153,7 @@ def _told(row: sqlite3.Row) -> str:
 
 def _holds(worker: sqlite3.Row) -> bool:
     """Return whether a worker's last sign of life still holds."""
-    lease = timedelta(seconds=min(worker["lease_seconds"] or _SILENCE_SECONDS, LONGEST_LEASE))
+    lease = lease_of(worker["lease_seconds"], _SILENCE)
     return datetime.fromisoformat(worker["heartbeat_at"]) + lease > datetime.now(UTC)
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from perdure.store.database import Database
 from perdure.store.direct import Statement
-from perdure.store.readonly import LONGEST_LEASE
+from perdure.store.readonly import lease_of
 from perdure.store.schema import tasks, workers
 from perdure.store.transaction import Transaction
 
@@ -144,18 +144,14 @@ def _census(
     owners: Iterable[str | None], rows: Sequence[sa.RowMapping], lease: timedelta, now: datetime
 ) -> Census:
     here = host_name()
-    ends = {row["worker_id"]: row["heartbeat_at"] + _lease_of(row, lease) for row in rows}
+    ends = {
+        row["worker_id"]: row["heartbeat_at"] + lease_of(row["lease_seconds"], lease)
+        for row in rows
+    }
     alive = [row["worker_id"] for row in rows if ends[row["worker_id"]] > now and _runs(row, here)]
     gone = ends.keys() - set(alive)
     lost = [*sorted(gone), *(str(owner) for owner in owners if owner not in ends)]
     return Census(len(alive), lost, min((ends[worker] for worker in alive), default=None))
-
-
-def _lease_of(row: sa.RowMapping, usual: timedelta) -> timedelta:
-    seconds: object = row["lease_seconds"]
-    if not isinstance(seconds, (int, float)) or not 0 < seconds <= LONGEST_LEASE:
-        return usual
-    return timedelta(seconds=seconds)
 
 
 def _runs(row: sa.RowMapping, here: str) -> bool:

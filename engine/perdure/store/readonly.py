@@ -13,7 +13,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, cast
@@ -42,6 +42,7 @@ __all__ = [
     "file_at",
     "immutable",
     "iso",
+    "lease_of",
     "mentions",
     "on_server",
     "open_read_only",
@@ -216,6 +217,19 @@ class Reader:
 def mentions(stored: object, sought: str) -> bool:
     """Return whether a stored text has a text in it, which is given as `casefold` makes it."""
     return isinstance(stored, str) and sought in stored.casefold()
+
+
+def lease_of(seconds: object, usual: timedelta) -> timedelta:
+    """Return for how long a worker's sign of life holds.
+
+    Args:
+        seconds: What its row says; what can't be, as only somebody else can have written it, counts
+            as nothing.
+        usual: For workers that don't say it.
+    """
+    if not isinstance(seconds, (int, float)) or not 0 < seconds <= LONGEST_LEASE:
+        return usual
+    return timedelta(seconds=seconds)
 
 
 def iso(moment: datetime) -> str:
